@@ -1,0 +1,48 @@
+"""millstream: live generative media, made while you watch and steer it.
+
+    import millstream as ms
+
+Names are looked up on first use (PEP 562), so importing the package costs nothing and pulls in no PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipelines.world import WorldPipeline
+    from .streaming import Chunk, Control, Frame, Recorder, Session, SpeechControl, VideoControl, WorldControl, live
+    from .ui.window import Window
+
+__all__ = [
+    "Chunk",
+    "Control",
+    "Frame",
+    "Recorder",
+    "Session",
+    "SpeechControl",
+    "VideoControl",
+    "Window",
+    "WorldControl",
+    "WorldPipeline",
+    "live",
+]
+
+_ELSEWHERE = {"Window": ".ui.window", "WorldPipeline": ".pipelines.world"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("millstream")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_ELSEWHERE.get(name, ".streaming"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
