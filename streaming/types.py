@@ -6,12 +6,15 @@ Layouts: video is [T, 3, H, W] in [0, 1]; audio is [channels, samples] in [-1, 1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_PROMPT_CHARACTERS = 2000
 
@@ -67,7 +70,7 @@ class Control:
                 f"prompt has {len(self.prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read, so shorten it"
             )
 
-    def changed(self, **changes: Any) -> Control:
+    def changed(self, **changes: Any) -> Self:
         """A copy with `changes` and the next version; unknown fields are refused with the list of valid ones."""
         valid = [field.name for field in fields(self) if field.name != "version"]
         unknown = sorted(set(changes) - set(valid))
@@ -75,9 +78,13 @@ class Control:
             raise ValueError(f"unknown control {', '.join(unknown)}; valid controls are {', '.join(valid)}")
         return replace(self, **changes, version=self.version + 1)
 
-    def merged(self, newer: Control) -> Control:
-        """What the next step reads when `newer` arrives before this control was read: the newest value of everything."""
+    def merged(self, newer: Self) -> Self:
+        """What the next step reads when `newer` comes before this control was read: the newest value of everything."""
         return newer
+
+    def held(self) -> Self:
+        """What still holds once a step has read this control and nothing newer came: everything but movement."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +99,34 @@ class WorldControl(Control):
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
-        if isinstance(self.keys, str) or not all(isinstance(key, str) for key in self.keys):
-            raise TypeError(f"keys must be a set of key codes such as {{'KeyW', 'ArrowLeft'}}, got {self.keys!r}")
-        object.__setattr__(self, "keys", frozenset(self.keys))
-        dx, dy = (float(movement) for movement in self.mouse)
-        if not (math.isfinite(dx) and math.isfinite(dy)):
-            raise ValueError(f"mouse movement must be finite, got {self.mouse}")
-        object.__setattr__(self, "mouse", (dx, dy))
+        object.__setattr__(self, "keys", _key_codes(self.keys))
+        object.__setattr__(self, "mouse", _movement(self.mouse))
 
-    def merged(self, newer: WorldControl) -> WorldControl:
+    def merged(self, newer: Self) -> Self:
         mouse = (self.mouse[0] + newer.mouse[0], self.mouse[1] + newer.mouse[1])
         return replace(newer, keys=self.keys | newer.keys, mouse=mouse)
+
+    def held(self) -> Self:
+        return replace(self, mouse=(0.0, 0.0))
+
+
+def _key_codes(keys: Iterable[str]) -> frozenset[str]:
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        raise TypeError(f"keys must be a set of key codes such as {{'KeyW', 'ArrowLeft'}}, got {keys!r}")
+    codes = list(keys)
+    if not all(isinstance(code, str) for code in codes):
+        raise TypeError(f"keys must be a set of key codes such as {{'KeyW', 'ArrowLeft'}}, got {codes!r}")
+    return frozenset(codes)
+
+
+def _movement(mouse: tuple[float, float]) -> tuple[float, float]:
+    try:
+        dx, dy = (float(movement) for movement in mouse)
+    except (TypeError, ValueError):
+        raise TypeError(f"mouse must be two numbers (right, down) in pixels, got {mouse!r}") from None
+    if not (math.isfinite(dx) and math.isfinite(dy)):
+        raise ValueError(f"mouse movement must be finite, got {mouse!r}")
+    return dx, dy
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +138,8 @@ class VideoControl(Control):
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
+        if not isinstance(self.strength, (int, float)):
+            raise TypeError(f"strength must be a number between 0 and 1, got {self.strength!r}")
         if not 0.0 <= self.strength <= 1.0:
             raise ValueError(f"strength must be between 0 (keep the input) and 1 (ignore it), got {self.strength}")
         if self.switch not in ("keep", "recache", "lerp", "cut"):
@@ -126,6 +152,12 @@ class SpeechControl(Control):
 
     text: str = ""
     voice: str = ""
+
+    def __post_init__(self) -> None:
+        Control.__post_init__(self)
+        for name in ("text", "voice"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {type(getattr(self, name)).__name__}")
 
 
 State = TypeVar("State")
