@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,11 +115,22 @@ def _game(world: str, seed: int) -> Iterator[Any]:
     game.set_episode_timeout(2100)
     game.add_game_args("+sv_infiniteammo 1")  # or ATTACK would mean nothing after the first fifty shots
     game.set_seed(seed)
-    game.init()
+    with tempfile.TemporaryDirectory() as scratch:
+        _start_in(scratch, game)
+        try:
+            yield game
+        finally:
+            game.close()
+
+
+def _start_in(scratch: str, game: Any) -> None:
+    """Start the engine in `scratch`: it drops its settings into the working directory, where others would read them."""
+    home = os.getcwd()
+    os.chdir(scratch)
     try:
-        yield game
+        game.init()
     finally:
-        game.close()
+        os.chdir(home)
 
 
 def _import(module: str) -> Any:
@@ -157,7 +169,8 @@ def collect(
 
     Args:
         directory: is made if missing.
-        processes: worker processes (spawned); None takes one per CPU core, 1 works in this process.
+        processes: worker processes, each with a whole shard in memory; None takes one per CPU core, 1 works in this
+            process. They are spawned, so a script that calls this needs `if __name__ == "__main__":`.
         env: a Gymnasium environment id (`"module:Name-v0"` imports the module first) instead of ViZDoom: image
             observations, discrete actions written one-hot.
         progress: show a progress bar over shards.
@@ -233,7 +246,7 @@ def _write_shard(job: _Job) -> None:
         recording, buttons = _record_gymnasium(job, rng)
     else:
         recording, buttons = record(job.world, wander(job.frames, rng), job.seed, size=job.size), BUTTONS
-    unfinished = job.path.with_suffix(f".{os.getpid()}.part")
+    unfinished = job.path.with_suffix(".part")
     save_file(recording._asdict(), unfinished, {**_metadata(job), "buttons": json.dumps(buttons)})
     os.replace(unfinished, job.path)
 
