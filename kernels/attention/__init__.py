@@ -46,8 +46,9 @@ def attend(
     """Softmax attention, `softmax(q k^T * scale) v`, over tokens-first tensors.
 
     Without `return_lse` this is PyTorch's `scaled_dot_product_attention` on transposed views: no copy is made. With it
-    the CUDA flash and memory-efficient kernels are asked for their log-sum-exp; on other devices, and where a gradient
-    is wanted, a chunked reference computes it in memory that does not grow with the number of keys.
+    PyTorch's flash and memory-efficient kernels are asked for their log-sum-exp; where they cannot give it (a gradient is
+    wanted, an unusual head size, another device) a reference computes it in chunks of keys, in memory that does not grow
+    with their number.
 
     Args:
         q: queries [B, Lq, H, D], any floating dtype.
@@ -66,6 +67,8 @@ def attend(
         ValueError: shapes that do not belong together. TypeError: dtypes that differ, or a mask that is not bool.
     """
     _check(q, k, v, mask)
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).expand(-1, -1, -1, k.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if k.shape[1] == 0:
         out = torch.zeros_like(q)

@@ -1,4 +1,7 @@
-"""Dense attention by PyTorch's own kernels, with the log-sum-exp where they can give it."""
+"""Dense attention by PyTorch's own kernels, with the log-sum-exp where they can give it.
+
+Masks are bool [B or 1, H or 1, Lq or 1, Lk], True where a query sees a key.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from .reference import attend_reference
 def attend_dense(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """SDPA on transposed views; returns [B, L, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    if mask is None:
-        return scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if mask is None or q.device.type == "cpu":  # where PyTorch itself gives rows without keys 0, gradients included
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     mask, empty = _without_empty_rows(mask)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.masked_fill(empty, 0.0).transpose(1, 2)
@@ -23,41 +26,50 @@ def attend_dense_with_lse(
     q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Returns (out [B, L, H, D], lse float32 [B, H, L])."""
-    # PyTorch's kernels give no gradient through the log-sum-exp, and a merged result needs one.
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BLHD, k_BLHD, v_BLHD))
-    half = q_BLHD.dtype in (torch.float16, torch.bfloat16)
-    aligned = q_BLHD.shape[-1] % 8 == 0 and q_BLHD.shape[-1] <= 256
-    if not q_BLHD.is_cuda or differentiable or not aligned or q_BLHD.dtype == torch.float64:
+    if not _kernels_give_lse(q_BLHD, k_BLHD, v_BLHD):
         return attend_reference(q_BLHD, k_BLHD, v_BLHD, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    if mask is None and half:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-        return out.transpose(1, 2), lse
-    bias, empty = None, None
+    bias = empty = None
     if mask is not None:
         mask, empty = _without_empty_rows(mask)
-        bias = _aligned_bias(mask, q, k.shape[2])
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
-    lse = lse[..., : q.shape[2]]  # the kernel pads queries to a multiple of 32
+        bias = _additive(mask, q)
+    if not q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    elif bias is None and q.dtype != torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+    lse = lse[..., : q.shape[2]].float()  # the memory-efficient kernel pads it to a multiple of 32 queries
     if empty is not None:
         out = out.masked_fill(empty, 0.0)
         lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
     return out.transpose(1, 2), lse
 
 
+def _kernels_give_lse(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    # They give no gradient through the log-sum-exp, and a merged result needs one.
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    if q.shape[1] == 0 or not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        return False
+    if q.is_cuda:
+        return q.dtype != torch.float64 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.device.type == "cpu"
+
+
 def _without_empty_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """A mask whose empty rows see every key, and which rows those were [..., Lq, 1].
 
-    Backends disagree on a row without keys (zero, NaN, the mean of the values), and a NaN would spoil gradients even
-    if the output were overwritten; a row that sees something is safe everywhere and is set to zero afterwards.
+    Kernels disagree on a row without keys (zero, NaN, the mean of the values), and a NaN would spoil gradients even if
+    the output were overwritten; a row that sees something is safe everywhere and is set to zero afterwards.
     """
     empty = ~mask.any(-1, keepdim=True)
     return mask | empty, empty
 
 
-def _aligned_bias(mask: Tensor, q: Tensor, keys: int) -> Tensor:
-    """The mask as an additive bias whose rows start at multiples of 16 bytes, as the kernel wants them."""
-    shape = mask.shape[:-1] + (-(-keys // 8) * 8,)
-    bias = q.new_zeros(shape)
-    bias[..., :keys].masked_fill_(~mask, -torch.inf)
-    return bias[..., :keys].expand(*q.shape[:3], keys)
+def _additive(mask: Tensor, q: Tensor) -> Tensor:
+    """The mask as a bias of 0 and -inf; its rows start at multiples of 16 values, as the CUDA kernels want them."""
+    keys = mask.shape[-1]
+    bias = q.new_zeros(mask.shape[:-1] + (-(-keys // 16) * 16,))[..., :keys]
+    bias.masked_fill_(~mask, -torch.inf)
+    return bias.expand(*q.shape[:3], keys)

@@ -19,8 +19,6 @@ def attend_reference(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tenso
     dtype = torch.promote_types(q_BLHD.dtype, torch.float32)
     q = q_BLHD.transpose(1, 2).to(dtype) * scale
     k, v = k_BLHD.transpose(1, 2), v_BLHD.transpose(1, 2)
-    if mask is not None:
-        mask = mask.expand(*mask.shape[:-1], k.shape[2])
     highest = q.new_full(q.shape[:3], -torch.inf)
     total = q.new_zeros(q.shape[:3])
     out = torch.zeros_like(q)

@@ -33,13 +33,11 @@ def philox_words(counter: Tensor, key: Tensor) -> Tensor:
     odd = torch.stack([counter[3], counter[1]])
     column = (2,) + (1,) * (even.ndim - 1)
     multipliers = torch.tensor([m - 2**32 for m in MULTIPLIERS], device=counter.device).view(column)
-    weyl = torch.tensor(WEYL[::-1], device=counter.device).view(column)
-    key = key.flip(0)
-    for round_index in range(ROUNDS):
+    weyl = torch.tensor([[i * w for w in reversed(WEYL)] for i in range(ROUNDS)], device=counter.device)
+    round_keys = (key.flip(0) + weyl.view(ROUNDS, *column)).bitwise_and_(WORD)
+    for round_key in round_keys.unbind():
         product = even * multipliers
-        high = (product >> 32).add_(even)
-        high.bitwise_xor_(odd).bitwise_xor_((key + round_index * weyl).bitwise_and_(WORD))
-        even = high.flip(0)
+        even = (product >> 32).add_(even).bitwise_xor_(odd).bitwise_xor_(round_key).flip(0)
         odd = product.bitwise_and_(WORD)
     return torch.stack([even[0], odd[1], even[1], odd[0]])
 

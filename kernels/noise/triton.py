@@ -10,9 +10,18 @@ from torch import Tensor
 COUNTERS = 256
 
 
-@triton.jit
+# Not specialised on its integers, or the first steps of every stream (0, 1, ...) would each compile a kernel.
+@triton.jit(do_not_specialize=["step", "count"])
 def _philox_kernel(
-    out, seed, frame, step, count, to_unit, shift: tl.constexpr, normal: tl.constexpr, counters: tl.constexpr
+    out,
+    seed,
+    frame,
+    step,
+    count,
+    shift: tl.constexpr,
+    to_unit: tl.constexpr,
+    normal: tl.constexpr,
+    counters: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
     key = tl.load(seed + row)
@@ -23,13 +32,15 @@ def _philox_kernel(
         column.to(tl.uint32),
         zero + (at & 0xFFFFFFFF).to(tl.uint32),
         zero + ((at >> 32) & 0xFFFFFFFF).to(tl.uint32),
-        zero + (step.to(tl.int64) & 0xFFFFFFFF).to(tl.uint32),
+        (zero + step).to(tl.uint32),
         (key & 0xFFFFFFFF).to(tl.uint32),
         ((key >> 32) & 0xFFFFFFFF).to(tl.uint32),
     )
     if normal:
-        unit = 2.3283064365386963e-10  # 2^-32; float64 throughout, so that rounding to float32 hides the library used
-        turn = 1.4629180792671596e-09  # 2 pi / 2^32
+        # float64 throughout, so that rounding to float32 hides which library took the logarithm. A bare Python number
+        # would become float32: harmless for 2^-32, which is exact, but not for 2 pi / 2^32.
+        unit = tl.full((1,), 2.3283064365386963e-10, tl.float64)
+        turn = tl.full((1,), 1.4629180792671596e-09, tl.float64)
         radius = tl.sqrt(-2.0 * tl.log((w0.to(tl.float64) + 0.5) * unit))
         angle = w1.to(tl.float64) * turn
         x0, x1 = radius * tl.cos(angle), radius * tl.sin(angle)
@@ -54,6 +65,6 @@ def philox_triton(seed: Tensor, frame: Tensor, step: int, count: int, *, bits: i
     grid = (triton.cdiv(count, 4 * COUNTERS), seed.shape[0])
     shift = 32 - (bits or 32)
     _philox_kernel[grid](
-        out, seed.contiguous(), frame.contiguous(), step, count, 2.0 ** (shift - 32), shift, bits is None, COUNTERS
+        out, seed.contiguous(), frame.contiguous(), step, count, shift, 2.0 ** (shift - 32), bits is None, COUNTERS
     )
     return out
