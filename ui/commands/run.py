@@ -1,0 +1,63 @@
+"""`millstream run`: a prompt and a key script become an mp4."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..keys import KeyScript
+from ..world import (
+    check_prompt,
+    check_recording,
+    load_world,
+    positive_integer,
+    positive_seconds,
+    record,
+    say_nearest,
+    seed_integer,
+)
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "run",
+        help="walk through a world by a key script and write an mp4",
+        description='For example: millstream run "a brick corridor" --keys "KeyW*40 ArrowLeft*20 KeyW+Space*10"',
+    )
+    parser.add_argument("prompt", help="the world, in words")
+    parser.add_argument(
+        "--keys",
+        default="KeyW",
+        metavar="SCRIPT",
+        help='KEY[+KEY]*FRAMES, separated by spaces, repeated to the end; "-" is no key (default: %(default)s)',
+    )
+    parser.add_argument("--seconds", type=positive_seconds, default=10.0, help="length of the clip (default: 10)")
+    parser.add_argument("--frames", type=positive_integer, help="length in frames; overrides --seconds")
+    parser.add_argument("-o", "--output", type=Path, default=Path("walk.mp4"), help="default: %(default)s")
+    add_world_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_world_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that draws a world."""
+    parser.add_argument("--model", default="freedoom", help="a shipped model or a model's folder (default: freedoom)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--steps", type=positive_integer, help="sampler steps per frame (default: the model's own)")
+    parser.add_argument("--seed", type=seed_integer, default=0, help="same seed and keys, same frames (default: 0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything cheap, then load, then walk."""
+    import torch
+
+    prompt = check_prompt(arguments.prompt)
+    check_recording(arguments.output)
+    pipe = load_world(arguments.model, arguments.device)
+    script = KeyScript.parse(arguments.keys, pipe.key_map)
+    say_nearest(pipe, prompt)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    frames = arguments.frames or max(1, round(arguments.seconds * pipe.rate))
+    with pipe.stream(prompt, generator=generator, num_inference_steps=arguments.steps) as session:
+        record(session, arguments.output, script, frames)
+    return 0

@@ -1,0 +1,167 @@
+"""What every command needs: a loaded world, values read from the command line, a walk recorded to a file."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipelines.world import WorldPipeline
+    from ..streaming import Session
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+FAR_FROM_EVERY_WORLD = 0.6  # similarity below which a prompt is answered with the world it is nearest to
+VIDEO_SCALE = 4  # recordings are enlarged, since players blur a thumbnail
+
+
+def shipped_models() -> dict[str, Path]:
+    """Name -> folder of each model that comes with the package."""
+    return {index.parent.name: index.parent for index in sorted(ASSETS.glob("*/model_index.json"))}
+
+
+def load_world(name: str, device: str = "auto") -> WorldPipeline:
+    """The world model `name` (shipped, a folder, or owner/name on the Hugging Face hub) on `device`.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: a device that this machine lacks, or weights that can't be read.
+    """
+    torch_device = pick_device(device)
+    shipped = shipped_models()
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if name not in shipped and not on_hub and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"no model {name!r}: give one of {', '.join(shipped)}, or the path of a model's folder")
+
+    from safetensors import SafetensorError
+
+    from ..pipelines.world import WorldPipeline
+
+    try:
+        pipe = WorldPipeline.from_pretrained(name if name in shipped else str(Path(name).expanduser()))
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {name!r} can't be read ({error}): the file is damaged, so fetch it again"
+        ) from error
+    return pipe.to(torch_device)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is some, else the CPU. A device that isn't there is refused with what is."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{name} is not there: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"mps is not there: PyTorch {torch.__version__} finds no Apple GPU")
+    return device
+
+
+def positive_seconds(text: str) -> float:
+    """For `argparse`: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value
+
+
+def positive_integer(text: str) -> int:
+    """For `argparse`: 1, 2, ..."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def seed_integer(text: str) -> int:
+    """For `argparse`: what `torch.Generator.manual_seed` takes and prints back the same."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
+def check_prompt(prompt: str) -> str:
+    """`prompt` if a world can be drawn from it.
+
+    Raises:
+        ValueError: empty, or longer than is read.
+    """
+    from ..streaming.types import Control
+
+    if not prompt.strip():
+        raise ValueError('the prompt is empty; describe a world, for example "a brick corridor with soldiers"')
+    return Control(prompt=prompt).prompt
+
+
+def check_recording(path: Path) -> None:
+    """Refuse a path that can't be recorded to now, rather than after a minute of loading and drawing.
+
+    Raises:
+        OSError, ValueError: as `Recorder`, which looks when it is made.
+    """
+    from ..streaming import Recorder
+
+    Recorder(path, rate=1.0).close()
+
+
+def say_nearest(pipe: WorldPipeline, prompt: str) -> None:
+    """Tell on standard error which world `prompt` will be drawn like, when it is far from all of them."""
+    world, similarity = pipe.nearest_world(prompt)
+    if similarity < FAR_FROM_EVERY_WORLD:
+        print(f'nearest world: "{world}" ({similarity:.2f})', file=sys.stderr)
+
+
+def record(
+    session: Session,
+    path: Path,
+    keys: Iterable[frozenset[str]],
+    frames: int,
+    *,
+    switches: Mapping[int, str] | None = None,
+) -> None:
+    """Walk `frames` steps of `session` into the mp4 at `path`, under a progress bar, and say how it went.
+
+    Interrupted, the file holds what was drawn until then.
+
+    Args:
+        keys: which keys are down in each frame.
+        switches: index of a frame -> the prompt from there on.
+    """
+    from tqdm import tqdm
+
+    from ..streaming import Recorder
+
+    rate = session.pipeline.rate
+    with Recorder(path, rate=rate, scale=VIDEO_SCALE) as recorder, tqdm(total=frames, unit="frame") as progress:
+        start = time.monotonic()
+        try:
+            for frame, held in enumerate(islice(keys, frames)):
+                session.steer(keys=held, **({"prompt": switches[frame]} if switches and frame in switches else {}))
+                for chunk in session.step():
+                    recorder.write(chunk)
+                    progress.update(len(chunk.data))
+        finally:
+            seconds = time.monotonic() - start
+            progress.close()
+            recorder.close()
+            drawn = recorder.frames
+            if drawn:
+                speed = f"drawn at {drawn / seconds:.1f} frames/s"
+                print(f"{path}: {drawn} frames ({drawn / rate:.1f} s at {rate:g} frames/s), {speed}")
