@@ -33,7 +33,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         self.embedding = nn.Embedding(PADDING + 1, dim, padding_idx=PADDING)
         self.convolution = nn.Conv1d(dim, dim, 5, padding=2)
-        self.layers = nn.ModuleList(
+        self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
             for _ in range(layers)
         )
@@ -55,8 +55,8 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         x = self.embedding(input_ids) + _sinusoids(input_ids.shape[1], self.config.dim, input_ids.device)
         x = x.masked_fill(padding[..., None], 0.0)
         x = x + F.gelu(self.convolution(x.transpose(1, 2))).transpose(1, 2)
-        for layer in self.layers:
-            x = layer(x, src_key_padding_mask=padding)
+        for block in self.blocks:
+            x = block(x, src_key_padding_mask=padding)
         queries = self.queries.expand(x.shape[0], -1, -1)
         read, _ = self.reader(queries, x, x, key_padding_mask=padding, need_weights=False)
         return self.norm(queries + read)

@@ -57,9 +57,12 @@ def encode_pictures(codec: FrameAutoencoder, pictures: Tensor) -> Tensor:
     return codec.encode_raw(pictures.permute(0, 3, 1, 2).to(codec.dtype) / 255)
 
 
-def train(codec: FrameAutoencoder, episodes: Episodes, budget: Budget, out: Path, *, batch_size: int, seed: int) -> None:
+def train(
+    codec: FrameAutoencoder, episodes: Episodes, budget: Budget, out: Path, *, batch_size: int, seed: int
+) -> None:
     """Train `codec` on this process's share of `episodes` and save it to `out` (`save_pretrained` layout)."""
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    episodes = episodes.share(accelerator.process_index, accelerator.num_processes)
     set_seed(seed, device_specific=True)
     device = accelerator.device
     frames = episodes.frames(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -84,6 +84,16 @@ class Episodes:
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    def share(self, index: int, count: int) -> Episodes:
+        """The shards of process `index` of `count`: neighbouring ones, so that each share holds every world."""
+        first, last = len(self.shards) * index // count, len(self.shards) * (index + 1) // count
+        if first == last:
+            raise ValueError(f"{len(self.shards)} shards cannot be shared by {count} processes; collect more shards")
+        begin = sum(len(shard) for shard in self.shards[:first])
+        rows = slice(begin, begin + sum(len(shard) for shard in self.shards[first:last]))
+        columns = {name: getattr(self, name)[rows] for name in ("actions", "episodes", "world", "held_out")}
+        return replace(self, shards=self.shards[first:last], **columns)
 
     @property
     def size(self) -> tuple[int, int]:
