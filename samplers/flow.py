@@ -19,7 +19,7 @@ Sigma: TypeAlias = "float | Tensor"
 
 
 def check_sigma(sigma: Sigma, x: Tensor, highest: float = 1.0) -> Sigma:
-    """`sigma`, ready to be combined with `x`.
+    """`sigma`, ready to be combined with `x`; a tensor of half precision is raised to float32.
 
     The values of a tensor are not read: that would make the host wait for the device at every step.
 
@@ -33,7 +33,7 @@ def check_sigma(sigma: Sigma, x: Tensor, highest: float = 1.0) -> Sigma:
                 f"sigma of shape {list(sigma.shape)} doesn't line up with x of shape {list(x.shape)}; give it one axis "
                 "per axis of x, of size 1 where it is shared: one level per frame of [B, C, F, H, W] is [B, 1, F, 1, 1]"
             )
-        return sigma
+        return upcast(sigma)
     if not 0 <= sigma <= highest:
         raise ValueError(f"sigma must be between 0 (clean) and {highest:g} (noise), got {sigma}")
     return sigma

@@ -157,8 +157,9 @@ class Renoise:
         noise: Tensor | None = None,
         memory: None = None,
     ) -> tuple[Tensor, None]:
-        x0 = upcast(x) - check_sigma(sigma, x) * check_like("prediction", prediction, x)
-        fresh = fresh_noise(noise, x, check_sigma(sigma_next, x))
+        sigma, sigma_next = check_sigma(sigma, x), check_sigma(sigma_next, x)
+        x0 = upcast(x) - sigma * check_like("prediction", prediction, x)
+        fresh = fresh_noise(noise, x, sigma_next)
         return (x0 if fresh is None else (1 - sigma_next) * x0 + sigma_next * fresh).to(x.dtype), None
 
 
