@@ -1,10 +1,13 @@
 """Everything that lives across time: chunks, controls, sessions, mailboxes, sources, sinks, metrics. Knows no model."""
 
+from .kv_cache import KVCache
+from .live import live
 from .mailbox import Bounded, Closed, Latest
 from .metrics import Metrics
 from .recorder import Recorder
 from .session import Session, step_together
 from .snapshot import Snapshot
+from .sources import Camera, VideoFile
 from .types import (
     MAX_PROMPT_CHARACTERS,
     Chunk,
@@ -23,11 +26,13 @@ from .types import (
 __all__ = [
     "MAX_PROMPT_CHARACTERS",
     "Bounded",
+    "Camera",
     "Chunk",
     "Closed",
     "Control",
     "EndOfStream",
     "Frame",
+    "KVCache",
     "Latest",
     "Leaves",
     "Metrics",
@@ -39,6 +44,8 @@ __all__ = [
     "SpeechControl",
     "Streamable",
     "VideoControl",
+    "VideoFile",
     "WorldControl",
+    "live",
     "step_together",
 ]

@@ -7,9 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import Literal
 
 from .types import Chunk
 
+Ended = Literal["source", "sink", "until", "interrupt"]
 WINDOW_SECONDS = 2.0  # long enough to be steady, short enough to show a stall at once
 WINDOW_STEPS = 1024  # p99 of about a thousand steps still rests on ten of them
 
@@ -23,6 +25,7 @@ class Metrics:
         dropped: input frames that were never used because a newer one came.
         applied: version of the last control that a step read.
         time_to_first_frame: seconds from the start of the first step to the first chunk, None before it.
+        ended: what ended the last `live` loop: the source, the sink, its `until` or Ctrl-C; None otherwise.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -31,6 +34,7 @@ class Metrics:
         self.dropped = 0
         self.applied = 0
         self.time_to_first_frame: float | None = None
+        self.ended: Ended | None = None
         self._clock = clock
         self._first_start: float | None = None
         self._drawn: deque[tuple[float, int]] = deque(maxlen=WINDOW_STEPS)
@@ -90,7 +94,7 @@ class Metrics:
         with self._lock:
             return _percentile(list(self._seconds), percent)
 
-    def as_dict(self) -> dict[str, float | int | None]:
+    def as_dict(self) -> dict[str, float | int | str | None]:
         """Everything, ready for JSON; seconds throughout."""
         return {
             "frames": self.frames,
@@ -103,6 +107,7 @@ class Metrics:
             "step_p50": self.step_seconds(50),
             "step_p95": self.step_seconds(95),
             "step_p99": self.step_seconds(99),
+            "ended": self.ended,
         }
 
     def status(self) -> str:

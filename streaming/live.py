@@ -1,0 +1,184 @@
+"""The live loop: newest input in, steps, output in order.
+
+    source thread -> Latest -> session thread -> Bounded(1) -> sink, on the caller's thread
+
+The sink runs where the caller is, because windows want the main thread and Ctrl-C arrives there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event, Thread
+from typing import Any
+
+from .mailbox import Bounded, Closed, Latest
+from .metrics import Ended, Metrics
+from .session import Session
+from .types import Chunk, EndOfStream, Frame, Sink, Source
+
+POLL_SECONDS = 0.002  # how long a source with nothing new rests
+WAKE_SECONDS = 0.05  # how often a waiting thread looks whether it is time to stop
+FAREWELL_SECONDS = 2.0  # a source that is stuck in `read` is left to close itself after this
+
+
+def live(
+    source: Source | None,
+    session: Session[Any, Any],
+    sink: Sink,
+    *,
+    until: float | Callable[[], bool] | None = None,
+) -> Metrics:
+    """Run `session` on `source` into `sink` until one of them ends, `until` says so, or Ctrl-C.
+
+    With a source, each step answers the newest frame and older ones are dropped, so a camera that is faster than the
+    model never builds a queue. Without one, steps are paced to the rate of the stream and begin as late as they may,
+    so that each reads the newest control.
+
+    Args:
+        source: read on a thread of its own and closed there; None for a stream that needs no input.
+        session: stepped on a thread of its own; it stays open and may go on afterwards.
+        sink: written and closed on the calling thread; it ends the stream by raising `EndOfStream`.
+        until: seconds from now, or a callable that is asked often and returns True to stop.
+
+    Returns:
+        `session.metrics`, whose `ended` says why: "source", "sink", "until" or "interrupt".
+
+    Raises:
+        ValueError: `until` is not a positive number of seconds.
+        Exception: whatever source, session or sink raised. Source and sink are closed all the same, once.
+    """
+    return _Loop(source, session, sink).run(until)
+
+
+class _Loop:
+    def __init__(self, source: Source | None, session: Session[Any, Any], sink: Sink) -> None:
+        self.source, self.session, self.sink = source, session, sink
+        self.inbox: Latest[Frame] = Latest()
+        self.outbox: Bounded[Sequence[Chunk]] = Bounded(1)
+        self.stopping = Event()
+        self.errors: list[BaseException] = []
+        self.drawer = Thread(target=self._guarded, args=(self._draw,), name="millstream-session", daemon=True)
+        self.reader = Thread(target=self._guarded, args=(self._capture,), name="millstream-source", daemon=True)
+
+    def run(self, until: float | Callable[[], bool] | None) -> Metrics:
+        for part in (lambda: self._work(until), self._halt, self.sink.close):
+            self._guarded(part)
+        if self.errors:
+            raise self.errors[0]  # the first is the cause, what follows are its consequences
+        return self.session.metrics
+
+    def _guarded(self, part: Callable[[], object]) -> None:
+        try:
+            part()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _work(self, until: float | Callable[[], bool] | None) -> None:
+        stop = _stop_condition(until)
+        self.session.metrics.ended = None
+        self.drawer.start()
+        if self.source is not None:
+            self.reader.start()
+        try:
+            ended = self._deliver(stop)
+        except KeyboardInterrupt:
+            self._stop()
+            self._deliver(lambda: False)
+            ended = "interrupt"
+        except EndOfStream:
+            ended = "sink"
+        self.session.metrics.ended = ended
+
+    def _capture(self) -> None:
+        assert self.source is not None
+        try:
+            while not self.stopping.is_set():
+                frame = self.source.read()
+                if frame is None:
+                    self.stopping.wait(POLL_SECONDS)
+                else:
+                    self.inbox.put(frame)
+        except (EndOfStream, Closed):
+            pass
+        finally:
+            self.inbox.close()
+            self.source.close()  # here, because closing a camera under a running read crashes drivers
+
+    def _draw(self) -> None:
+        metrics = self.session.metrics
+        dropped_before = metrics.dropped
+        pace = _Pace()
+        try:
+            for media in self.inbox if self.source is not None else pace.beats(self.stopping):
+                if self.stopping.is_set():
+                    break
+                chunks = self.session.step(media)
+                metrics.dropped = dropped_before + self.inbox.dropped
+                pace.drew(chunks)
+                self.outbox.put(chunks)
+            self.outbox.put(self.session.flush())
+        except Closed:
+            pass  # the sink is gone, so nobody waits for the last frames
+        finally:
+            self.outbox.close()
+
+    def _deliver(self, stop: Callable[[], bool]) -> Ended:
+        ended: Ended = "source"
+        while True:
+            if ended == "source" and stop():
+                ended = "until"
+                self._stop()
+            try:
+                chunks = self.outbox.get(WAKE_SECONDS)
+            except TimeoutError:
+                continue
+            except Closed:
+                return ended
+            for chunk in chunks:
+                self.sink.write(chunk)
+                self.session.metrics.delivered(chunk)
+
+    def _stop(self) -> None:
+        self.stopping.set()
+        self.inbox.close()
+
+    def _halt(self) -> None:
+        self._stop()
+        self.outbox.close()
+        if self.drawer.ident is not None:
+            self.drawer.join()
+        if self.reader.ident is not None:
+            self.reader.join(FAREWELL_SECONDS)
+        elif self.source is not None:
+            self.source.close()  # its thread, which would have, was never started
+
+
+class _Pace:
+    """Begins each step when the last one's media has played; lateness up to one step's media is made up for."""
+
+    def __init__(self) -> None:
+        self._due = time.monotonic()
+
+    def beats(self, stopping: Event) -> Iterator[None]:
+        while not stopping.wait(max(0.0, self._due - time.monotonic())):
+            yield None
+
+    def drew(self, chunks: Sequence[Chunk]) -> None:
+        lengths = dict.fromkeys((chunk.kind for chunk in chunks), 0.0)
+        for chunk in chunks:
+            count = len(chunk.data) if chunk.kind == "video" else chunk.data.shape[-1]
+            lengths[chunk.kind] += count / chunk.rate
+        seconds = max(lengths.values(), default=0.0)
+        self._due = max(self._due + seconds, time.monotonic() - seconds)
+
+
+def _stop_condition(until: float | Callable[[], bool] | None) -> Callable[[], bool]:
+    if until is None:
+        return lambda: False
+    if callable(until):
+        return until
+    if not (isinstance(until, (int, float)) and until > 0):
+        raise ValueError(f"until must be a positive number of seconds or a callable, got {until!r}")
+    end = time.monotonic() + until
+    return lambda: time.monotonic() >= end
