@@ -46,9 +46,9 @@ def attend(
     """Softmax attention, `softmax(q k^T * scale) v`, over tokens-first tensors.
 
     Without `return_lse` this is PyTorch's `scaled_dot_product_attention` on transposed views: no copy is made. With it
-    PyTorch's flash and memory-efficient kernels are asked for their log-sum-exp; where they cannot give it (a gradient is
-    wanted, an unusual head size, another device) a reference computes it in chunks of keys, in memory that does not grow
-    with their number.
+    PyTorch's flash and memory-efficient kernels are asked for their log-sum-exp; where they cannot give it (a gradient
+    is wanted, an unusual head size, another device) a reference computes it over chunks of keys, in memory that does
+    not grow with their number.
 
     Args:
         q: queries [B, Lq, H, D], any floating dtype.

@@ -70,6 +70,6 @@ def _without_empty_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _additive(mask: Tensor, q: Tensor) -> Tensor:
     """The mask as a bias of 0 and -inf; its rows start at multiples of 16 values, as the CUDA kernels want them."""
     keys = mask.shape[-1]
-    bias = q.new_zeros(mask.shape[:-1] + (-(-keys // 16) * 16,))[..., :keys]
+    bias = q.new_zeros((*mask.shape[:-1], -(-keys // 16) * 16))[..., :keys]
     bias.masked_fill_(~mask, -torch.inf)
     return bias.expand(*q.shape[:3], keys)

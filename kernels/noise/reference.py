@@ -60,10 +60,16 @@ def philox_normal_reference(seed: Tensor, frame: Tensor, step: int, count: int) 
     radius = words[0::2].add(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = words[1::2].mul(2.0 * math.pi * 2.0**-32)
     normal = torch.stack([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)
-    return normal.float().flatten(0, 1).permute(1, 2, 0).reshape(seed.shape[0], -1)[:, :count]
+    return _elements(normal.float().flatten(0, 1))[:, :count]
 
 
 def philox_uniform_reference(seed: Tensor, frame: Tensor, step: int, count: int, bits: int) -> Tensor:
     """Uniform float64 [R, count] in [0, 1), multiples of 2^-bits."""
     words = element_words(seed, frame, step, count) >> (32 - bits)
-    return words.double().mul_(2.0**-bits).permute(1, 2, 0).reshape(seed.shape[0], -1)[:, :count]
+    return _elements(words.double().mul_(2.0**-bits))[:, :count]
+
+
+def _elements(words: Tensor) -> Tensor:
+    """[4, R, columns] to [R, 4 * columns], the four of a counter side by side."""
+    _, rows, columns = words.shape
+    return words.permute(1, 2, 0).reshape(rows, 4 * columns)

@@ -89,10 +89,11 @@ def shift_frames(k: Tensor, delta: Tensor | int, *, theta: float = 10000.0) -> T
     if k.ndim != 4:
         raise ValueError(f"k must be [B, L, H, D], got {list(k.shape)}")
     _check_head_dim(k.shape[-1])
-    if not isinstance(delta, Tensor):
+    if isinstance(delta, int):
         delta = torch.full((1,), delta, dtype=torch.int64, device=k.device)
-    if delta.is_floating_point():
-        raise TypeError(f"delta must be whole frames (int64), got {delta.dtype}")
+    if not isinstance(delta, Tensor) or delta.is_floating_point():
+        seen = delta.dtype if isinstance(delta, Tensor) else repr(delta)
+        raise TypeError(f"delta must be whole frames, an int or an int64 tensor [B], got {seen}")
     if delta.ndim != 1 or delta.shape[0] not in (1, k.shape[0]):
         raise ValueError(f"delta must be one int or [B] = [{k.shape[0]}], got {list(delta.shape)}")
     if delta.device.type == "mps":  # which has no float64

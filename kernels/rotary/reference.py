@@ -46,7 +46,11 @@ def shift_angles_reference(delta: Tensor, head_dim: int, theta: float) -> tuple[
 
 
 def apply_rotary_reference(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(x0 + i x1) * (cos + i sin) for each neighbouring pair of channels."""
-    pairs = torch.view_as_complex(x_BLHD.to(cos.dtype).unflatten(-1, (-1, 2)))
-    turn = torch.complex(cos, sin).unsqueeze(-2)
+    """(x0 + i x1) * (cos + i sin) for each neighbouring pair of channels, in float32 or float64."""
+    dtype = torch.promote_types(x_BLHD.dtype, torch.float32)
+    x = x_BLHD.to(dtype)
+    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)  # a complex view must begin on even places
+    turn = torch.complex(cos.to(dtype), sin.to(dtype)).unsqueeze(-2)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x_BLHD.dtype)
