@@ -28,10 +28,10 @@ RULES: dict[str, type[Rule]] = {
 class FlowSampler(SchedulerMixin, ConfigMixin):
     """Draws from a flow model (v = eps - x0, see `flow`). Has no state: one sampler serves any number of streams.
 
-        x = noise
+        x, memory = noise, None
         for sigma, sigma_next in pairwise(sampler.sigmas()):
             v = model(x, sampler.timestep(sigma))
-            x, memory = sampler.step(x, v, sigma, sigma_next, noise=fresh)
+            x, memory = sampler.step(x, v, sigma, sigma_next, noise=fresh, memory=memory)
 
     (Heun asks twice per step; `integrate` is the whole loop for every rule.)
 

@@ -174,7 +174,7 @@ def test_trig_consistency_equals_diffusers():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from([Euler(), Heun(), UniPC(), Renoise()]),
     st.lists(st.lists(st.floats(0.01, 1), min_size=2, max_size=2, unique=True), min_size=3, max_size=3),
