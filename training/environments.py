@@ -182,15 +182,15 @@ def collect(
         ValueError: a number below 1, or a shard in `directory` that was collected with other settings.
         ImportError: vizdoom, gymnasium or cv2 is not installed.
     """
-    for name, value in (("frames_per_shard", frames_per_shard), ("shards", shards), ("processes", processes or 1)):
+    processes = os.cpu_count() or 1 if processes is None else processes
+    for name, value in (("frames_per_shard", frames_per_shard), ("shards", shards), ("processes", processes)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     jobs = [_job(directory, index, frames_per_shard, seed, size, env) for index in range(shards)]
     missing = [job for job in jobs if not _is_done(job)]
-    workers = min(processes or os.cpu_count() or 1, max(1, len(missing)))
-    _work(missing, workers, done=shards - len(missing), progress=progress)
+    _work(missing, min(processes, max(1, len(missing))), done=shards - len(missing), progress=progress)
     return [job.path for job in jobs]
 
 

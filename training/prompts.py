@@ -264,8 +264,9 @@ def _new_sentence(words: _Words, rng: Uniform) -> str:
 
 def _sentence(frame: str, places: Sequence[str], sights: Sequence[str], words: _Words, rng: Uniform) -> str:
     place = f"{_pick(words.looks, rng)} {_pick(places, rng)}"
-    article = _pick(("an" if place[0] in "aeiou" else "a",) * 3 + ("the", ""), rng)
-    return frame.format(place=f"{article} {place}".strip(), sight=_pick(sights, rng), mood=_pick(words.moods, rng))
+    indefinite = "an" if place[0] in "aeiou" else "a"
+    place = _pick((f"{indefinite} {place}",) * 3 + (f"the {place}", place), rng)
+    return frame.format(place=place, sight=_pick(sights, rng), mood=_pick(words.moods, rng))
 
 
 def _pick(options: Sequence[str], rng: Uniform) -> str:
@@ -274,7 +275,8 @@ def _pick(options: Sequence[str], rng: Uniform) -> str:
 
 def _mistype(text: str, rng: Uniform) -> str:
     """One slip of the fingers: a letter is left out, doubled, or swapped with the next one."""
-    at = int(rng.random() * (len(text) - 1))
+    inside = [index for index in range(len(text) - 1) if text[index : index + 2].isalpha()]
+    at = inside[int(rng.random() * len(inside))]
     left_out, doubled = text[:at] + text[at + 1 :], text[: at + 1] + text[at:]
     swapped = text[:at] + text[at + 1] + text[at] + text[at + 2 :]
     return _pick((left_out, doubled, swapped), rng)
