@@ -81,9 +81,8 @@ class FlowSampler(SchedulerMixin, ConfigMixin):
             num_inference_steps: at least 1; None takes the configured number. With listed `timesteps` no other is
                 accepted, since the model was trained for those.
         """
-        if num_inference_steps is None:
-            num_inference_steps = self.config["num_inference_steps"]
-        return self.schedule.sigmas(num_inference_steps)
+        default = self.config["num_inference_steps"]
+        return self.schedule.sigmas(default if num_inference_steps is None else num_inference_steps)
 
     def step(
         self,

@@ -99,7 +99,7 @@ class TrigSchedule(SchedulerMixin, ConfigMixin):
         """The angles of `n` steps, and the final 0. `n` is needed unless the schedule lists its angles."""
         angles = self.config["angles"]
         if angles is None:
-            check_count(n)
+            n = check_count(n)
             return [self.config["start"] * (n - i) / n for i in range(n + 1)]
         if n is not None and n != len(angles):
             raise ValueError(f"this schedule lists {len(angles)} angles, so n must be {len(angles)} or None, got {n}")
@@ -120,9 +120,10 @@ def check_shift(shift: float) -> None:
         raise ValueError(f"shift must be positive and finite (1 leaves the levels evenly spaced), got {shift}")
 
 
-def check_count(n: int | None, name: str = "n") -> None:
+def check_count(n: int | None, name: str = "n") -> int:
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {n!r}")
+    return n
 
 
 def check_timesteps(timesteps: Sequence[float], highest: float, name: str = "timesteps") -> None:

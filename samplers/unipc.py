@@ -25,14 +25,19 @@ HIGHEST = 1 - 1e-6
 """Pure noise has no finite log-SNR; like diffusers we place it here."""
 
 
-class UniPCMemory(NamedTuple):
-    """What one step leaves for the next: x where it started, and the predictions so far, latest first."""
+class Predicted(NamedTuple):
+    """Clean data, and the level it was predicted at."""
 
-    x: Tensor
     x0: Tensor
     sigma: Tensor
-    older_x0: Tensor | None
-    older_sigma: Tensor | None
+
+
+class UniPCMemory(NamedTuple):
+    """What one step leaves for the next: x where the step started, and the two latest predictions."""
+
+    x: Tensor
+    latest: Predicted
+    older: Predicted | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,42 +66,42 @@ class UniPC:
         now, after = as_level(check_sigma(sigma, x)), as_level(check_sigma(sigma_next, x))
         start = upcast(x)
         x0 = start - now * check_like("prediction", prediction, x)
-        older_x0, older_sigma = None, None
+        older = None
         if memory is not None:
             start = _correct(x0, now, memory)
-            older_x0, older_sigma = memory.x0, memory.sigma
-        memory = UniPCMemory(start, x0, now, older_x0, older_sigma)
+            older = memory.latest
+        memory = UniPCMemory(start, Predicted(x0, now), older)
         return _predict(memory, after).to(x.dtype), memory
 
 
 def _predict(memory: UniPCMemory, after: Tensor) -> Tensor:
-    """From memory.sigma to `after`, towards x0 extrapolated to the middle of the step."""
-    target = memory.x0
-    if memory.older_x0 is not None:
-        slope = (memory.x0 - memory.older_x0) / (_log_snr(memory.sigma) - _log_snr(memory.older_sigma))
-        step = torch.where(after == 0, 0.0, _log_snr(after) - _log_snr(memory.sigma))
-        target = target + slope * step / 2
-    return _towards(target, memory, after)
+    """On to level `after`, towards x0 extrapolated to the middle of the step."""
+    (x0, sigma), older = memory.latest, memory.older
+    if older is not None:
+        slope = (x0 - older.x0) / (_log_snr(sigma) - _log_snr(older.sigma))
+        step = torch.where(after == 0, 0.0, _log_snr(after) - _log_snr(sigma))
+        x0 = x0 + slope * step / 2
+    return _towards(x0, memory, after)
 
 
-def _correct(x0: Tensor, now: Tensor, memory: UniPCMemory) -> Tensor:
-    """The step before again, from memory.sigma to `now`, knowing the prediction x0 made at its end."""
-    change = x0 - memory.x0
-    if memory.older_x0 is None:
-        return _towards(memory.x0 + change / 2, memory, now)
-    h = _log_snr(now) - _log_snr(memory.sigma)
-    ratio = (_log_snr(memory.older_sigma) - _log_snr(memory.sigma)) / h
+def _correct(new: Tensor, now: Tensor, memory: UniPCMemory) -> Tensor:
+    """The step before again, to level `now`, knowing the clean data `new` that was predicted at its end."""
+    (x0, sigma), older = memory.latest, memory.older
+    change = new - x0
+    if older is None:
+        return _towards(x0 + change / 2, memory, now)
+    h = _log_snr(now) - _log_snr(sigma)
+    ratio = (_log_snr(older.sigma) - _log_snr(sigma)) / h
     growth = torch.expm1(-h)
     first = (growth / -h - 1) / growth
     second = 2 * ((growth / -h - 1) / -h - 0.5) / growth
     # Weights of the backward and the forward difference: they solve a + b = first, ratio a + b = second.
     backward = (first - second) / (1 - ratio)
-    difference = (memory.older_x0 - memory.x0) / ratio
-    return _towards(memory.x0 + backward * difference + (first - backward) * change, memory, now)
+    return _towards(x0 + backward * (older.x0 - x0) / ratio + (first - backward) * change, memory, now)
 
 
 def _towards(target: Tensor, memory: UniPCMemory, after: Tensor) -> Tensor:
-    left = after / memory.sigma
+    left = after / memory.latest.sigma
     return left * memory.x + (1 - left) * target
 
 
