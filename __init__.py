@@ -12,10 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipelines.world import WorldPipeline
-    from .streaming import Chunk, Control, Frame, Recorder, Session, SpeechControl, VideoControl, WorldControl, live
+    from .streaming import (
+        Camera,
+        Chunk,
+        Control,
+        Frame,
+        Recorder,
+        Session,
+        SpeechControl,
+        VideoControl,
+        VideoFile,
+        WorldControl,
+        live,
+    )
     from .ui.window import Window
 
 __all__ = [
+    "Camera",
     "Chunk",
     "Control",
     "Frame",
@@ -23,6 +36,7 @@ __all__ = [
     "Session",
     "SpeechControl",
     "VideoControl",
+    "VideoFile",
     "Window",
     "WorldControl",
     "WorldPipeline",

@@ -12,6 +12,7 @@ import pytest
 import millstream as ms
 
 NAMES = [
+    "Camera",
     "Chunk",
     "Control",
     "Frame",
@@ -19,6 +20,7 @@ NAMES = [
     "Session",
     "SpeechControl",
     "VideoControl",
+    "VideoFile",
     "Window",
     "WorldControl",
     "WorldPipeline",
@@ -44,7 +46,7 @@ def test_editors_see_the_same_names() -> None:
 
 
 def test_unknown_name_is_refused_with_the_list() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'Wordl'; it has Chunk, .*WorldPipeline"):
+    with pytest.raises(AttributeError, match=r"no attribute 'Wordl'; it has Camera, .*WorldPipeline"):
         ms.Wordl  # noqa: B018
 
 

@@ -63,7 +63,7 @@ class Window:
         self._presses: deque[str] = deque()
         self._shown: deque[float] = deque(maxlen=32)
         self._due = 0.0
-        self._cv2.namedWindow(title, self._cv2.WINDOW_AUTOSIZE)
+        self._cv2.namedWindow(title, self._cv2.WINDOW_AUTOSIZE | self._cv2.WINDOW_GUI_NORMAL)  # without a toolbar
 
     @property
     def keys(self) -> frozenset[str]:
