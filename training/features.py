@@ -94,9 +94,9 @@ class _SameConv(nn.Conv2d):
     def __init__(self, channels: int, out: int, kernel: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, groups=groups, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        right, bottom = (self._missing(x.shape[dim], dim - 2) for dim in (3, 2))
-        return super().forward(F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)))
+    def forward(self, input: Tensor) -> Tensor:
+        right, bottom = (self._missing(input.shape[dim], dim - 2) for dim in (3, 2))
+        return super().forward(F.pad(input, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)))
 
     def _missing(self, length: int, dim: int) -> int:
         kernel, stride = self.kernel_size[dim], self.stride[dim]

@@ -84,9 +84,8 @@ def train_probe(
     share = pressed[(starts + MIDDLE).to(device)].mean(0).clamp(1e-3, 1 - 1e-3)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        probe = Probe(actions.shape[1], (frames.shape[1], frames.shape[2]), width).to(
-            device, memory_format=torch.channels_last
-        )
+        probe = Probe(actions.shape[1], (frames.shape[1], frames.shape[2]), width).to(device)
+        probe = probe.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(probe.parameters(), learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
         for _ in range(steps):
