@@ -1,14 +1,14 @@
 """Recording a stream to an mp4 that plays even if the process dies in the middle.
 
-The file is written in fragments of half a second (ISO/IEC 14496-12, movie fragments), so whatever has reached the disk
-is a complete video. Encoding is ffmpeg's, in its own process; a thread feeds it, so the loop that draws is not held.
+Every frame is a movie fragment of its own (ISO/IEC 14496-12, about a hundred bytes each), so whatever has reached the
+disk is a complete video, even of a model that draws slowly. Encoding is ffmpeg's, in its own process; a thread feeds
+it, so the loop that draws is not held.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from fractions import Fraction
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from .mailbox import Bounded, Closed
 from .types import Chunk
 
-FRAGMENT_SECONDS = 0.5
+KEYFRAME_SECONDS = 1.0  # how finely a player can seek
 WAITING_BYTES = 64 * 2**20  # frames that may wait for the encoder before `write` does
 
 
@@ -105,9 +105,9 @@ class Recorder:
         writer = _ffmpeg().write_frames(
             str(self.path),
             (width, height),
-            fps=Fraction(self.rate).limit_denominator(1001),
+            fps=self.rate,  # pyright: ignore[reportArgumentType]  (its default of 16 reads as int)
             codec="libx264",
-            quality=None,
+            quality=6,
             macro_block_size=1,
             ffmpeg_log_level="error",
             output_params=_output_options(self.rate, self.scale),
@@ -148,11 +148,11 @@ class Recorder:
 
 
 def _output_options(rate: float, scale: int) -> list[str]:
-    group = max(1, int(rate * FRAGMENT_SECONDS))
+    fragments = "+frag_keyframe+frag_every_frame+empty_moov+default_base_moof"
     return [
         *("-vf", f"scale=iw*{scale}:ih*{scale}:flags=neighbor"),  # here, so that the pipe carries small frames
-        *("-preset", "ultrafast", "-tune", "zerolatency", "-crf", "20", "-threads", "1"),
-        *("-g", str(group), "-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
+        *("-preset", "ultrafast", "-tune", "zerolatency", "-threads", "1"),
+        *("-g", str(max(1, int(rate * KEYFRAME_SECONDS))), "-movflags", fragments, "-flush_packets", "1"),
     ]
 
 

@@ -162,20 +162,21 @@ class SpeechControl(Control):
 
 State = TypeVar("State")
 ControlT = TypeVar("ControlT", bound=Control)
+ControlT_contra = TypeVar("ControlT_contra", bound=Control, contravariant=True)
 Leaves = dict[str, "Tensor | int | float | str"]
 
 
-class Streamable(Protocol[State, ControlT]):
+class Streamable(Protocol[State, ControlT_contra]):
     """What a pipeline owes a session. One state per session; the pipeline itself never changes between calls."""
 
     rate: float
 
-    def begin(self, control: ControlT, *, generator: torch.Generator | None = None) -> State:
+    def begin(self, control: ControlT_contra, *, generator: torch.Generator | None = None) -> State:
         """A fresh state. Draws one seed from `generator`; every later draw is a pure function of it."""
         ...
 
     def advance(
-        self, states: Sequence[State], controls: Sequence[ControlT], media: Sequence[Frame | None]
+        self, states: Sequence[State], controls: Sequence[ControlT_contra], media: Sequence[Frame | None]
     ) -> Sequence[Sequence[Chunk]]:
         """Move every state one step on, together; returns each one's chunks."""
         ...
