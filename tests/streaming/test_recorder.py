@@ -76,7 +76,7 @@ recorder = Recorder(sys.argv[1], rate=20, scale=2)
 for n in range(100_000):
     recorder.write(Chunk("video", torch.full((1, 3, 32, 32), n % 100 / 100), n, 20.0, 0, 0.0))
     print(n, flush=True)
-    time.sleep(0.02)
+    time.sleep(0.01)
 """
 
 
