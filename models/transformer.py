@@ -20,6 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import apply_rotary, attend, rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
@@ -31,7 +32,7 @@ class Context(NamedTuple):
     """What every block of one pass shares."""
 
     rotary: tuple[Tensor, Tensor]
-    mask: Tensor | None
+    mask: Tensor | BlockMask | None
     cache: KVChunk | None
 
 
@@ -92,9 +93,10 @@ class Block(nn.Module):
     def self_attention(self, x: Tensor, layer: int, context: Context) -> Tensor:
         q, (k, v) = self.attn1.query(x), self.attn1.keys(x)
         q, k, mask = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary), context.mask
+        dtype = v.dtype
         if context.cache is not None:
             k, v, mask = context.cache.attend_view(layer, k, v)
-        return self.attn1.out(attend(q, k.to(q.dtype), v.to(q.dtype), mask=mask))
+        return self.attn1.out(attend(q.to(dtype), k.to(dtype), v.to(dtype), mask=mask))
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:
         q = self.attn2.query(x)
@@ -206,6 +208,7 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text_keys: TextKeys | None = None,
         window: Window | None = None,
         cache: KVChunk | None = None,
+        mask: Tensor | BlockMask | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the flow v = noise - x0.
 
@@ -217,6 +220,7 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             attention_kwargs: refused; diffusers' processors do not run here.
             actions: [B, F, action_dim].
             window: attend causally under this window; everything sees everything by default.
+            mask: such a window's `mask` or `block_mask`, made once by the caller instead.
             cache: the open chunk of a `KVCache`: attend to the stream so far. The frames' positions come from it.
 
         Returns:
@@ -232,7 +236,9 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if text_keys is None:
             text_keys = self.embed_text(encoder_hidden_states, encoder_hidden_states_image)
         temb, modulation = self.embed_time(timestep, actions, x.dtype)
-        context = self.context(frames, height, width, x.device, window, cache)
+        if window is not None:
+            mask = window.mask(frames, height * width, x.device)
+        context = Context(self.rotary(frames, height, width, x.device, cache), mask, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, text_keys[layer], layer, context)
         shift, scale = (self.scale_shift_table + temb.float()[:, :, None]).unbind(2)
@@ -253,11 +259,9 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             temb = temb + self.action_embedder(actions.to(dtype))
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
-    def context(
-        self, frames: int, height: int, width: int, device: torch.device, window: Window | None, cache: KVChunk | None
-    ) -> Context:
-        """Rotary angles and visibility, computed once for all blocks."""
+    def rotary(
+        self, frames: int, height: int, width: int, device: torch.device, cache: KVChunk | None
+    ) -> tuple[Tensor, Tensor]:
+        """Angles of every token, computed once for all blocks."""
         positions = torch.arange(frames, device=device) if cache is None else cache.positions
-        rotary = rotary_angles(positions, height, width, self.config.attention_head_dim)
-        mask = None if window is None else window.mask(frames, height * width, device)
-        return Context(rotary, mask, cache)
+        return rotary_angles(positions, height, width, self.config.attention_head_dim)

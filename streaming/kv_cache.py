@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from ..kernels import shift_frames
 
@@ -49,6 +50,15 @@ class Window:
         """Bool [L, L] for a whole sequence of `num_frames * tokens_per_frame` tokens."""
         frame = torch.arange(num_frames, device=device).repeat_interleave(tokens_per_frame)
         return self.visible(frame[:, None], frame[None, :])
+
+    def block_mask(self, num_frames: int, tokens_per_frame: int, device: torch.device) -> BlockMask:
+        """The same mask for FlexAttention, which skips what it hides."""
+        length = num_frames * tokens_per_frame
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return self.visible(query // tokens_per_frame, key // tokens_per_frame)
+
+        return create_block_mask(visible, None, None, length, length, device=device)
 
 
 class FullPrecision:

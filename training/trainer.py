@@ -77,9 +77,12 @@ class Trainer:
     def fit(self, batch: Callable[[], Batch], *, title: str) -> None:
         """Train until the budget is spent, then leave the averaged weights in the objective."""
         self.objective.train()
+        self._warm_up(batch)
         begun = saved = time.monotonic() - self.seconds
         progress, loss = self._progress(begun), float("nan")
-        bar = tqdm(desc=title, unit="step", initial=self.step, disable=not self.accelerator.is_main_process, mininterval=5)
+        bar = tqdm(
+            desc=title, unit="step", initial=self.step, disable=not self.accelerator.is_main_process, mininterval=5
+        )
         while progress < 1.0 and self.step != self.budget.steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.budget.rate(self.step, progress)
@@ -100,6 +103,12 @@ class Trainer:
         self.save(time.monotonic() - begun)
         self.ema.copy_to(self.parameters)
         self.objective.eval()
+
+    def _warm_up(self, batch: Callable[[], Batch]) -> None:
+        """Compile before the clock starts; nothing is learnt."""
+        loss, _ = self.wrapped(batch())
+        self.accelerator.backward(loss)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _update(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, logs = self.wrapped(batch)

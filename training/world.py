@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..models.frame_codec import FrameAutoencoder
 from ..models.text_encoder import ByteTextEncoder
@@ -50,6 +51,15 @@ class WorldObjective(nn.Module):
     def __init__(self, transformer: CausalTransformer3DModel, text_encoder: ByteTextEncoder) -> None:
         super().__init__()
         self.transformer, self.text_encoder = transformer, text_encoder
+        self.masks: dict[torch.Size, Tensor | BlockMask] = {}
+
+    def mask(self, latents: Tensor) -> Tensor | BlockMask:
+        """Who sees whom; made once, and by FlexAttention where it can train."""
+        if latents.shape not in self.masks:
+            make = WINDOW.block_mask if latents.is_cuda else WINDOW.mask
+            tokens = latents.shape[3] * latents.shape[4] // 4
+            self.masks[latents.shape] = make(latents.shape[2], tokens, latents.device)
+        return self.masks[latents.shape]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         clean = batch["latents"].movedim(1, 2).float()
@@ -62,7 +72,7 @@ class WorldObjective(nn.Module):
             sigma * 1000,
             actions=batch["actions"],
             text_keys=self.keys_per_frame(text, batch["after"]),
-            window=WINDOW,
+            mask=self.mask(clean),
             return_dict=False,
         )
         error = (flow.float() - (noise - clean)).square().mean(dim=(1, 3, 4))

@@ -7,8 +7,9 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from .dense import attend_dense, attend_dense_with_lse
+from .dense import attend_blocks, attend_dense, attend_dense_with_lse
 from .reference import merge_reference
 
 __all__ = ["attend", "merge"]
@@ -20,7 +21,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
@@ -30,7 +31,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -39,7 +40,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | BlockMask | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -55,7 +56,8 @@ def attend(
         k: keys [B, Lk, H, D], dtype and device of `q`. `Lk` may be 0.
         v: values, shaped like `k`.
         mask: bool, broadcastable to [B, H, Lq, Lk]; True where a query sees a key. Keys that no query sees must
-            still be finite, since 0 * NaN is NaN. None: every query sees every key.
+            still be finite, since 0 * NaN is NaN. None: every query sees every key. Or FlexAttention's `BlockMask`,
+            which skips what is hidden; it is meant for compiled training and gives no log-sum-exp here.
         scale: multiplies the scores; None means D ** -0.5.
         return_lse: also return the log-sum-exp of the scaled scores, so that `merge` can join this result to others.
 
@@ -67,9 +69,13 @@ def attend(
         ValueError: shapes that do not belong together. TypeError: dtypes that differ, or a mask that is not bool.
     """
     _check(q, k, v, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(mask, BlockMask):
+        if return_lse:
+            raise TypeError("return_lse needs a bool mask, got a BlockMask")
+        return attend_blocks(q, k, v, mask, scale)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).expand(-1, -1, -1, k.shape[1])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if k.shape[1] == 0:
         out = torch.zeros_like(q)
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32)
@@ -108,7 +114,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return merge_reference(parts)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
             "attend wants q [B, Lq, H, D] and k, v [B, Lk, H, D] of the same B, H and D, "
@@ -116,7 +122,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
-    if mask is None:
+    if mask is None or isinstance(mask, BlockMask):
         return
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (True where a query sees a key), got {mask.dtype}")

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from .reference import attend_reference
+
+
+def attend_blocks(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """FlexAttention on transposed views; returns [B, L, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
 
 
 def attend_dense(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None, scale: float) -> Tensor:

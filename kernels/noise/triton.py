@@ -62,9 +62,20 @@ def philox_triton(seed: Tensor, frame: Tensor, step: int, count: int, *, bits: i
     """Standard normal float32 [R, count]; with `bits`, uniform float64 [R, count], multiples of 2^-bits."""
     dtype = torch.float32 if bits is None else torch.float64
     out = torch.empty((seed.shape[0], count), dtype=dtype, device=seed.device)
+    if out.numel() == 0:  # CUDA refuses an empty grid
+        return out
     grid = (triton.cdiv(count, 4 * COUNTERS), seed.shape[0])
     shift = 32 - (bits or 32)
-    _philox_kernel[grid](
-        out, seed.contiguous(), frame.contiguous(), step, count, shift, 2.0 ** (shift - 32), bits is None, COUNTERS
-    )
+    with torch.cuda.device_of(seed):  # Triton launches on the current device, wherever its tensors are
+        _philox_kernel[grid](
+            out,
+            seed.contiguous(),
+            frame.contiguous(),
+            step,
+            count,
+            shift,  # pyright: ignore[reportArgumentType]  # Triton annotates what it turns into a constexpr
+            2.0 ** (shift - 32),  # pyright: ignore[reportArgumentType]
+            bits is None,  # pyright: ignore[reportArgumentType]
+            COUNTERS,  # pyright: ignore[reportArgumentType]
+        )
     return out

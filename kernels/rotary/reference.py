@@ -49,6 +49,10 @@ def apply_rotary_reference(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(x0 + i x1) * (cos + i sin) for each neighbouring pair of channels, in float32 or float64."""
     dtype = torch.promote_types(x_BLHD.dtype, torch.float32)
     x = x_BLHD.to(dtype)
+    if torch.compiler.is_compiling():  # which fuses real arithmetic, but not complex
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_BLHD.dtype)
     if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
         x = x.clone(memory_format=torch.contiguous_format)  # a complex view must begin on even places
     turn = torch.complex(cos.to(dtype), sin.to(dtype)).unsqueeze(-2)
