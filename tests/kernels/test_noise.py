@@ -184,7 +184,7 @@ from millstream.kernels.noise.triton import philox_triton
 
 seed = torch.tensor([3, 2**63 - 1, 2**62 + 12345678901])
 frame = torch.tensor([0, 10, 2**40 + 5])
-for step, count in ((0, 1), (1, 63), (2**32 - 1, 1001), (2, 3072)):
+for step, count in ((0, 0), (0, 1), (1, 63), (2**32 - 1, 1001), (2, 3072)):
     normal = philox_triton(seed, frame, step, count, bits=None)
     torch.testing.assert_close(normal, philox_normal_reference(seed, frame, step, count), atol=0, rtol=2e-7)
     for bits in (8, 11, 24, 32):
