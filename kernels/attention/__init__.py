@@ -69,7 +69,7 @@ def attend(
         ValueError: shapes that do not belong together. TypeError: dtypes that differ, or a mask that is not bool.
     """
     _check(q, k, v, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if isinstance(mask, BlockMask):
         if return_lse:
             raise TypeError("return_lse needs a bool mask, got a BlockMask")

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from millstream.kernels import attend, merge
 from millstream.kernels.attention.reference import attend_reference
@@ -100,6 +101,19 @@ def test_gradients_are_those_of_the_definition_even_past_empty_rows(with_lse):
     ((out**2).sum() + (lse.sum() if with_lse else 0)).backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6 if with_lse else 1e-9, rtol=0)
+
+
+def test_a_block_mask_hides_what_the_same_bool_mask_hides():
+    def near(row, head, query, key):
+        return (query // 6 >= key // 6) & (query // 6 - key // 6 < 3)
+
+    q, k, v = qkv(60, 60)
+    position = torch.arange(60)
+    mask = near(0, 0, position[:, None], position)
+    blocks = create_block_mask(near, None, None, 60, 60, device="cpu")
+    torch.testing.assert_close(attend(q, k, v, mask=blocks), attend(q, k, v, mask=mask), atol=2e-6, rtol=0)
+    with pytest.raises(TypeError, match="return_lse needs a bool mask"):
+        attend(q, k, v, mask=blocks, return_lse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
