@@ -119,6 +119,19 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_recipes_read_their_own_options(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "codec", "--help"])
+    assert stopped.value.code == 0
+    assert "--data" in capsys.readouterr().out
+
+
+def test_train_alone_lists_the_recipes(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["train"]) == 0
+    out = capsys.readouterr().out
+    assert all(recipe in out for recipe in ("data", "codec", "world"))
+
+
 def test_debug_shows_the_traceback(world) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
         cli.main(["run", "", "--debug"])
