@@ -7,7 +7,7 @@
 # pip reads PIP_INDEX_URL, PIP_EXTRA_INDEX_URL and its own configuration as usual; see README.md for a machine without a GPU.
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types pytest clean
+.PHONY: help install demo test lint clean
 
 # The first of these that is CPython 3.10 or newer; `make PYTHON=...` overrides it.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -16,8 +16,6 @@ TORCH ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Small tensors: a few threads are faster than many, and every worker of a test would start its own.
-export OMP_NUM_THREADS ?= 2
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +41,8 @@ lint: $(STAMP) .types/millstream
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The tests' tensors are small: on a large machine many threads would only wait for each other.
+test: export OMP_NUM_THREADS ?= 2
 test: lint
 	$(BIN)/pytest -q
 

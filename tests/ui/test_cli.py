@@ -119,6 +119,18 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_is_not_there_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture) -> None:
+    for model in ("nope", "./nope", "~/no/such/folder"):
+        assert cli.main(["run", "x", "--model", model]) == 2
+        assert f"no model {model!r}: give one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+def test_a_device_that_is_not_there_is_told(device: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["run", "x", "--device", device]) == 2
+    assert device in capsys.readouterr().err
+
+
 def test_recipes_read_their_own_options(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "codec", "--help"])
