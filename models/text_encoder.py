@@ -34,7 +34,9 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         self.embedding = nn.Embedding(PADDING + 1, dim, padding_idx=PADDING)
         self.convolution = nn.Conv1d(dim, dim, 5, padding=2)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(
+                dim, heads, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
             for _ in range(layers)
         )
         self.queries = nn.Parameter(torch.randn(tokens, dim) * 0.02)

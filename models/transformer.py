@@ -25,7 +25,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..kernels import apply_rotary, attend, rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
 
-TextKeys = Sequence[tuple[Tensor, ...]]  # per layer: (k, v) [B, S, H, d] of the prompt, (k, v, k, v) with an image prompt
+TextKeys = Sequence[
+    tuple[Tensor, ...]
+]  # per layer: (k, v) [B, S, H, d] of the prompt, (k, v, k, v) with an image prompt
 
 
 class Context(NamedTuple):
@@ -67,7 +69,14 @@ class Block(nn.Module):
     """Self-attention, attention to the prompt, feed-forward; shift, scale and gate come from the timestep."""
 
     def __init__(
-        self, dim: int, ffn_dim: int, heads: int, eps: float, cross: bool, cross_norm: bool, added_kv_proj_dim: int | None
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        eps: float,
+        cross: bool,
+        cross_norm: bool,
+        added_kv_proj_dim: int | None,
     ) -> None:
         super().__init__()
         self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
@@ -161,7 +170,9 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> None:
         super().__init__()
         if qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm must be 'rms_norm_across_heads', the only kind Wan checkpoints have; got {qk_norm!r}")
+            raise ValueError(
+                f"qk_norm must be 'rms_norm_across_heads', the only kind Wan checkpoints have; got {qk_norm!r}"
+            )
         dim = num_attention_heads * attention_head_dim
         cross = range(num_layers) if cross_attention_layers is None else cross_attention_layers
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
@@ -250,7 +261,9 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def embed_time(self, timestep: Tensor, actions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embedding [B, G, D] and modulation [B, G, 6, D]; G is 1, the frames or the tokens."""
         if (actions is None) != (self.config.action_dim == 0):
-            raise ValueError(f"this model takes actions of width {self.config.action_dim}, got {actions if actions is None else tuple(actions.shape)}")
+            raise ValueError(
+                f"this model takes actions of width {self.config.action_dim}, got {actions if actions is None else tuple(actions.shape)}"
+            )
         embedder = self.condition_embedder
         grouped = timestep if timestep.ndim == 2 else timestep[:, None]
         frequencies = embedder.timesteps_proj(grouped.flatten()).unflatten(0, grouped.shape)

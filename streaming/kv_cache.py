@@ -229,7 +229,9 @@ class KVChunk:
         window, ring = self.cache.window, self.cache.ring
         end = self.positions[:, -1:]
         slot = torch.arange(self._length // self.cache.tokens_per_frame, device=self.cache.device)[None]
-        newest = end - (end - slot) % ring  # frame f lies in ring slot f modulo ring, both counted from the first ring slot
+        newest = (
+            end - (end - slot) % ring
+        )  # frame f lies in ring slot f modulo ring, both counted from the first ring slot
         frame = torch.where(slot < window.sinks, slot, newest)
         visible = window.visible(end, frame) & (frame >= slot.clamp_max(window.sinks))
         return visible.repeat_interleave(self.cache.tokens_per_frame, dim=1)[:, None, None]

@@ -175,17 +175,32 @@ def world_transformer(
 
 
 def train(
-    codec: FrameAutoencoder, episodes: Episodes, budget: Budget, out: Path, *, batch_size: int, seed: int
+    codec: FrameAutoencoder,
+    episodes: Episodes,
+    budget: Budget,
+    out: Path,
+    *,
+    batch_size: int,
+    seed: int,
+    start: Path | None = None,
 ) -> None:
-    """Train a transformer and its text encoder on this process's `episodes`; save both below `out`."""
+    """Train a transformer and its text encoder on this process's share of `episodes`; save both below `out`.
+
+    Args:
+        start: folder of a trained world to go on from; fresh weights by default.
+    """
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     episodes = episodes.share(accelerator.process_index, accelerator.num_processes)
     set_seed(seed)  # the same first weights everywhere
-    height, width = episodes.size
-    text_encoder = ByteTextEncoder()
-    transformer = world_transformer(
-        codec.config.latent_channels, len(episodes.buttons), text_encoder.config.dim, (height // 16, width // 16)
-    )
+    if start is not None:
+        text_encoder = ByteTextEncoder.from_pretrained(start / "text_encoder", torch_dtype=torch.float32)
+        transformer = CausalTransformer3DModel.from_pretrained(start / "transformer", torch_dtype=torch.float32)
+    else:
+        text_encoder = ByteTextEncoder()
+        grid = (episodes.size[0] // 16, episodes.size[1] // 16)
+        transformer = world_transformer(
+            codec.config.latent_channels, len(episodes.buttons), text_encoder.config.dim, grid
+        )
     latents = encode_all(codec, episodes, accelerator.device)
     set_seed(seed, device_specific=True)
     if accelerator.device.type == "cuda":
@@ -203,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (millstream train data)")
     parser.add_argument("--codec", type=Path, required=True, help="folder of the trained codec")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models and their checkpoint")
+    parser.add_argument("--start", type=Path, help="folder of a trained world whose weights to go on from")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, help="end after this many steps, however little time has passed")
     parser.add_argument("--batch-size", type=int, default=64, help="windows of 32 frames per step and process")
@@ -212,7 +228,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = Budget(arguments.minutes, arguments.steps, arguments.learning_rate)
     codec = FrameAutoencoder.from_pretrained(arguments.codec)
     episodes = Episodes.open(arguments.data)
-    train(codec, episodes, budget, arguments.out, batch_size=arguments.batch_size, seed=arguments.seed)
+    train(
+        codec,
+        episodes,
+        budget,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        start=arguments.start,
+    )
 
 
 if __name__ == "__main__":
