@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .behaviour import BUTTONS, wander
+from .behaviour import BUTTONS, Wanderer
 from .prompts import WORLDS
 
 FRAME_SKIP = 2
 RATE = 35 / FRAME_SKIP
 """Frames per second of every recording: the game runs at 35 tics per second."""
+NEAR = 4.0
+"""ViZDoom depth (0 to 255) of a view that is filled by one wall."""
 
 Bytes = NDArray[np.uint8]
 
@@ -71,29 +73,33 @@ def record(world: str, actions: Bytes, seed: int, *, size: tuple[int, int] = (96
         raise ValueError(
             f"actions must have shape [frames, {len(BUTTONS)}] for {', '.join(BUTTONS)}, got {actions.shape}"
         )
+    pressed = iter((actions != 0).astype(np.uint8).tolist())
     with _game(world, seed) as game:
-        return _run_game(game, actions, size)
+        return _run_game(game, len(actions), lambda facing_wall: next(pressed), size)
 
 
-def _run_game(game: Any, actions: Bytes, size: tuple[int, int]) -> Recording:
+def _run_game(game: Any, count: int, press: Callable[[bool], list[int]], size: tuple[int, int]) -> Recording:
+    """Record `count` frames. `press` gives the buttons for every frame; it's told whether the last one faces a wall."""
     cv2 = _import("cv2")
     height, width = size
-    taken = (actions != 0).astype(np.uint8)
-    pressed = taken.tolist()
-    frames = np.empty((len(actions), height, width, 3), np.uint8)
-    episodes = np.zeros(len(actions), np.int32)
-    episode = -1
-    for index, buttons in enumerate(pressed):
+    frames = np.empty((count, height, width, 3), np.uint8)
+    actions = np.zeros((count, len(BUTTONS)), np.uint8)
+    episodes = np.zeros(count, np.int32)
+    episode, facing_wall = 0, False
+    for index in range(count):
+        buttons = press(facing_wall)
         if index:
             game.make_action(buttons, FRAME_SKIP)
-        if index == 0 or game.is_episode_finished():
-            if index:
-                game.new_episode()
+        if game.is_episode_finished():
+            game.new_episode()
             episode += 1
-            taken[index] = 0
-        cv2.resize(game.get_state().screen_buffer, (width, height), dst=frames[index], interpolation=cv2.INTER_AREA)
+        elif index:
+            actions[index] = buttons
+        state = game.get_state()
+        cv2.resize(state.screen_buffer, (width, height), dst=frames[index], interpolation=cv2.INTER_AREA)
         episodes[index] = episode
-    return Recording(frames, taken, episodes)
+        facing_wall = bool(state.depth_buffer[45:75, 40:120].mean() < NEAR)  # the middle of 120x160
+    return Recording(frames, actions, episodes)
 
 
 @contextmanager
@@ -108,6 +114,7 @@ def _game(world: str, seed: int) -> Iterator[Any]:
     game.set_available_game_variables([])
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+    game.set_depth_buffer_enabled(True)
     game.set_render_hud(False)
     game.set_window_visible(False)
     game.set_mode(vizdoom.Mode.PLAYER)
@@ -245,10 +252,16 @@ def _write_shard(job: _Job) -> None:
     if job.env:
         recording, buttons = _record_gymnasium(job, rng)
     else:
-        recording, buttons = record(job.world, wander(job.frames, rng), job.seed, size=job.size), BUTTONS
+        recording, buttons = _wander(job, rng), BUTTONS
     unfinished = job.path.with_suffix(".part")
     save_file(recording._asdict(), unfinished, {**_metadata(job), "buttons": json.dumps(buttons)})
     os.replace(unfinished, job.path)
+
+
+def _wander(job: _Job, rng: np.random.Generator) -> Recording:
+    wanderer = Wanderer(rng)
+    with _game(job.world, job.seed) as game:
+        return _run_game(game, job.frames, lambda facing_wall: wanderer.press(facing_wall=facing_wall), job.size)
 
 
 def _record_gymnasium(job: _Job, rng: np.random.Generator) -> tuple[Recording, tuple[str, ...]]:

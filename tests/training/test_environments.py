@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from millstream.training.behaviour import BUTTONS, wander
+from millstream.training.behaviour import BUTTONS, Wanderer, wander
 from millstream.training.environments import collect, play, record
 from millstream.training.prompts import WORLDS
 
@@ -52,6 +52,19 @@ def test_the_random_player_repeats_itself_for_equal_seeds_only():
     first, again, other = (wander(500, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_the_random_player_turns_away_from_a_wall_and_walks_off():
+    turns = [BUTTONS.index("TURN_LEFT"), BUTTONS.index("TURN_RIGHT")]
+    wanderer = Wanderer(np.random.default_rng(0))
+    for _ in range(50):
+        at_wall = np.array([wanderer.press(facing_wall=True) for _ in range(40)])
+        afterwards = np.array([wanderer.press() for _ in range(60)])
+        assert at_wall[10:, turns].any(), "it stares at the wall"
+        assert afterwards[:, BUTTONS.index("MOVE_FORWARD")].any(), "it does not walk off"
+    stuck = np.array([wanderer.press(facing_wall=True) for _ in range(4000)])
+    assert stuck[:, turns].any(1).mean() > 0.8
+    assert (stuck[1:] != stuck[:-1]).any(1).mean() > 0.01, "it turns for ever where every side is a wall"
 
 
 @needs_vizdoom
@@ -128,6 +141,16 @@ def test_shards_do_not_depend_on_the_number_of_processes(tmp_path):
             "actions": ("uint8", (60, 7)),
             "episodes": ("int32", (60,)),
         }
+
+
+@needs_vizdoom
+def test_playing_the_actions_of_a_shard_gives_its_frames(tmp_path):
+    """The player saw walls and episodes ended, and yet the recorded actions alone tell the whole story."""
+    (path,) = collect(tmp_path, frames_per_shard=400, shards=7, seed=3, processes=1, progress=False)[6:]
+    with safe_open(path, "numpy") as shard:
+        seed, frames, actions = int(shard.metadata()["seed"]), shard.get_tensor("frames"), shard.get_tensor("actions")
+        assert shard.get_tensor("episodes")[-1] > 0, "no second episode; the test shows less than it says"
+    assert np.array_equal(play("deadly_corridor", actions, seed), frames)
 
 
 @needs_vizdoom
