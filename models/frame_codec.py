@@ -1,7 +1,7 @@
 """A small autoencoder for live worlds: every frame on its own, 8 times smaller each way.
 
-Looking at one frame at a time makes streaming trivial (any chunking equals the whole, and there is nothing to flush) and
-keeps the decoder within a few milliseconds on two CPU cores.
+Looking at one frame at a time makes streaming trivial (any chunking equals the whole, and there is nothing to flush)
+and keeps the decoder within a few milliseconds on two CPU cores.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .packed import PackedModelMixin
 
 
 class ResidualBlock(nn.Module):
@@ -23,7 +25,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
 
 
-class FrameAutoencoder(ModelMixin, ConfigMixin):
+class FrameAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
     """Frames [B, T, 3, H, W] in [0, 1] to normalised latents [B, C, T, H / 8, W / 8] and back.
 
     Args:
@@ -70,7 +72,8 @@ class FrameAutoencoder(ModelMixin, ConfigMixin):
         """Frames [B, T, 3, H, W] in [0, 1], H and W multiples of 8, to latents [B, C, T, H / 8, W / 8]."""
         if frames.ndim != 5 or frames.shape[2] != 3 or frames.shape[3] % 8 or frames.shape[4] % 8:
             raise ValueError(
-                f"frames must be [B, T, 3, H, W] with H and W multiples of 8, got {tuple(frames.shape)}; resize them first"
+                f"frames must be [B, T, 3, H, W] with H and W multiples of 8, got {tuple(frames.shape)}; "
+                "resize them first"
             )
         raw = self.encode_raw(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).movedim(2, 1)
         return (raw - self._channels(self.latent_mean)) / self._channels(self.latent_std)

@@ -1,7 +1,7 @@
 """A byte-level prompt encoder, small enough to train together with a world.
 
-Bytes need no vocabulary and no download; convolutions over them learn parts of words, so that a phrasing that was never seen
-still lands near the ones that were.
+Bytes need no vocabulary and no download; convolutions over them learn parts of words, so that a phrasing that was never
+seen still lands near the ones that were.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .packed import PackedModelMixin
+
 PADDING = 256
 
 
-class ByteTextEncoder(ModelMixin, ConfigMixin):
+class ByteTextEncoder(PackedModelMixin, ModelMixin, ConfigMixin):
     """Prompts to a fixed number of tokens [B, tokens, dim].
 
     Args:
@@ -45,16 +47,16 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """UTF-8 bytes, lower case, one space before and after: int64 [B, max_bytes], padded with 256."""
-        rows = torch.full((len(prompts), self.config.max_bytes), PADDING)
+        rows = torch.full((len(prompts), self.config["max_bytes"]), PADDING)
         for row, prompt in zip(rows, prompts):
-            text = f" {' '.join(prompt.lower().split())} ".encode()[: self.config.max_bytes]
+            text = f" {' '.join(prompt.lower().split())} ".encode()[: self.config["max_bytes"]]
             row[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return rows
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """`tokenize`d prompts [B, N] to [B, tokens, dim]."""
         padding = input_ids == PADDING
-        x = self.embedding(input_ids) + _sinusoids(input_ids.shape[1], self.config.dim, input_ids.device)
+        x = self.embedding(input_ids) + _sinusoids(input_ids.shape[1], self.config["dim"], input_ids.device)
         x = x.masked_fill(padding[..., None], 0.0)
         x = x + F.gelu(self.convolution(x.transpose(1, 2))).transpose(1, 2)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""The one causal backbone: Wan's video transformer, with parameter names and arguments of diffusers' `WanTransformer3DModel`.
+"""The one causal backbone: Wan's video transformer, with the names and arguments of diffusers' `WanTransformer3DModel`.
 
 One class serves the 14B checkpoint, the 1.3B checkpoint and the embedded world; differences are config. Attention is
 bidirectional, causal under a `Window` (training, reference) or cached (streaming); the three agree where they overlap.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,10 +24,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import apply_rotary, attend, rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
+from .packed import PackedModelMixin
 
-TextKeys = Sequence[
-    tuple[Tensor, ...]
-]  # per layer: (k, v) [B, S, H, d] of the prompt, (k, v, k, v) with an image prompt
+# Per layer: (k, v) [B, S, H, d] of the prompt, (k, v, k, v) with an image prompt.
+TextKeys = Sequence[tuple[Tensor, ...]]
 
 
 class Context(NamedTuple):
@@ -111,7 +111,10 @@ class Block(nn.Module):
         q = self.attn2.query(x)
         prompts = text[0].shape[0]  # one prompt per stream, or one per frame
         grouped = q.reshape(prompts, -1, *q.shape[2:])
-        out = sum(attend(grouped, k.to(q.dtype), v.to(q.dtype)) for k, v in zip(text[::2], text[1::2]))
+        prompt, *image = (
+            attend(grouped, k.to(q.dtype), v.to(q.dtype)) for k, v in zip(text[::2], text[1::2], strict=True)
+        )
+        out = prompt + image[0] if image else prompt
         return self.attn2.out(out.reshape(q.shape))
 
 
@@ -126,7 +129,7 @@ def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + (y.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
 
 
-class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Wan's transformer (Wan 2.1, arXiv:2503.20314), bidirectional, block-causal or cached.
 
     Args (up to `pos_embed_seq_len`: as in diffusers' `WanTransformer3DModel`; the rest is keyword-only):
@@ -138,11 +141,11 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = False
-    _no_split_modules = ["Block"]
-    _repeated_blocks = ["Block"]
-    _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
-    _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
+    _no_split_modules: ClassVar = ["Block"]
+    _repeated_blocks: ClassVar = ["Block"]
+    _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
+    _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _keys_to_ignore_on_load_unexpected: ClassVar = ["norm_added_q"]
 
     @register_to_config
     def __init__(
@@ -200,10 +203,12 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         text = self.condition_embedder.text_embedder(encoder_hidden_states.flatten(0, -3))
         if image is not None:
+            if self.condition_embedder.image_embedder is None:
+                raise ValueError("this model takes no image prompt (its image_dim is None); leave the image out")
             image = self.condition_embedder.image_embedder(image)
         return [
             () if not block.cross else block.attn2.keys(text) + (() if image is None else block.attn2.image_keys(image))
-            for block in self.blocks
+            for block in cast("Sequence[Block]", self.blocks)
         ]
 
     def forward(
@@ -239,12 +244,14 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         if attention_kwargs:
             raise ValueError(f"attention_kwargs are not supported, got {sorted(attention_kwargs)}")
-        p_t, p_h, p_w = self.config.patch_size
-        frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.config.patch_size))
+        p_t, p_h, p_w = self.config["patch_size"]
+        frames, height, width = self.grid(hidden_states)
         x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
-        if self.config.position_grid is not None:
+        if self.config["position_grid"] is not None:
             x = (x.unflatten(1, (frames, -1)) + self.position_embedding).flatten(1, 2).type_as(x)
         if text_keys is None:
+            if encoder_hidden_states is None:
+                raise ValueError("the model needs a prompt: give encoder_hidden_states, or text_keys from embed_text")
             text_keys = self.embed_text(encoder_hidden_states, encoder_hidden_states_image)
         temb, modulation = self.embed_time(timestep, actions, x.dtype)
         if window is not None:
@@ -258,12 +265,23 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
+    def grid(self, hidden_states: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens."""
+        patch, places = self.config["patch_size"], self.config["position_grid"]
+        if hidden_states.ndim != 5 or any(n % p for n, p in zip(hidden_states.shape[2:], patch)):
+            raise ValueError(
+                f"latents must be [B, C, F, H, W] in whole patches of {tuple(patch)}, got {tuple(hidden_states.shape)}"
+            )
+        frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], patch))
+        if places is not None and tuple(places) != (height, width):
+            raise ValueError(f"this model draws {tuple(places)} tokens a frame, got latents for {(height, width)}")
+        return frames, height, width
+
     def embed_time(self, timestep: Tensor, actions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embedding [B, G, D] and modulation [B, G, 6, D]; G is 1, the frames or the tokens."""
-        if (actions is None) != (self.config.action_dim == 0):
-            raise ValueError(
-                f"this model takes actions of width {self.config.action_dim}, got {actions if actions is None else tuple(actions.shape)}"
-            )
+        if (actions is None) != (self.config["action_dim"] == 0):
+            seen = None if actions is None else tuple(actions.shape)
+            raise ValueError(f"this model takes actions of width {self.config['action_dim']}, got {seen}")
         embedder = self.condition_embedder
         grouped = timestep if timestep.ndim == 2 else timestep[:, None]
         frequencies = embedder.timesteps_proj(grouped.flatten()).unflatten(0, grouped.shape)
@@ -277,4 +295,4 @@ class CausalTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> tuple[Tensor, Tensor]:
         """Angles of every token, computed once for all blocks."""
         positions = torch.arange(frames, device=device) if cache is None else cache.positions
-        return rotary_angles(positions, height, width, self.config.attention_head_dim)
+        return rotary_angles(positions, height, width, self.config["attention_head_dim"])

@@ -42,6 +42,7 @@ class Session(Generic[State, ControlT]):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
+        pipeline.check(control)
         self.pipeline = pipeline
         self.metrics = Metrics()
         self._generator = generator
@@ -65,6 +66,11 @@ class Session(Generic[State, ControlT]):
         """Version of the last control that a step has read."""
         return self._applied
 
+    @property
+    def state(self) -> State | None:
+        """The pipeline's state, to look at; None before the first step."""
+        return self._states[0] if self._states else None
+
     def steer(self, **changes: Any) -> int:
         """Change fields of the control from any thread; the next step reads it. Returns the new control's version.
 
@@ -75,6 +81,7 @@ class Session(Generic[State, ControlT]):
         """
         with self._steering:
             steered = self._control.held().changed(**changes)
+            self.pipeline.check(steered)
             self._unread = steered if self._unread is None else self._unread.merged(steered)
             self._control = steered
             return steered.version

@@ -92,13 +92,23 @@ class WorldControl(Control):
     """Keys held (W3C codes such as "KeyW", "Space") and mouse movement in pixels since the last step.
 
     `merged` keeps short inputs: mouse movement adds up, and a key that was down at any time since the last step counts.
+
+    `num_inference_steps` trades quality for speed, None takes the sampler's own; `guidance_scale` above 1 follows the
+    prompt harder at twice the cost.
     """
 
     keys: frozenset[str] = frozenset()
     mouse: tuple[float, float] = (0.0, 0.0)
+    num_inference_steps: int | None = None
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
+        steps = self.num_inference_steps
+        if steps is not None and (not isinstance(steps, int) or not 1 <= steps <= 1000):
+            raise ValueError(f"num_inference_steps must be a whole number from 1 to 1000, got {steps!r}")
+        if not isinstance(self.guidance_scale, (int, float)) or not 0 <= self.guidance_scale <= 100:
+            raise ValueError(f"guidance_scale must be a number from 0 to 100, got {self.guidance_scale!r}")
         object.__setattr__(self, "keys", _key_codes(self.keys))
         object.__setattr__(self, "mouse", _movement(self.mouse))
 
@@ -170,6 +180,10 @@ class Streamable(Protocol[State, ControlT_contra]):
     """What a pipeline owes a session. One state per session; the pipeline itself never changes between calls."""
 
     rate: float
+
+    def check(self, control: ControlT_contra) -> None:
+        """Raise `ValueError` if this pipeline cannot obey `control`. Called before anything changes."""
+        ...
 
     def begin(self, control: ControlT_contra, *, generator: torch.Generator | None = None) -> State:
         """A fresh state. Draws one seed from `generator`; every later draw is a pure function of it."""

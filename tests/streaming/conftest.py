@@ -28,6 +28,10 @@ class ToyPipeline:
         self.read: list[WorldControl] = []
         self.answered: list[float] = []
 
+    def check(self, control):
+        if "forbidden" in control.prompt:
+            raise ValueError("this toy draws nothing forbidden")
+
     def begin(self, control, *, generator=None):
         self.live_states += 1
         seed = int(torch.randint(2**31, (), generator=generator))

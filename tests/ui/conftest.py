@@ -48,6 +48,9 @@ class FakeWorld:
         near = [world for world in self.worlds if world in prompt]
         return (near[0], 0.95) if near else (self.worlds[0], 0.21)
 
+    def check(self, control: WorldControl) -> None:
+        pass
+
     def begin(self, control: WorldControl, *, generator=None) -> FakeState:
         return FakeState(0)
 
