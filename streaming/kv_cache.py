@@ -1,16 +1,16 @@
 """Fixed memory for attention: sink frames and a ring of recent frames, per layer and row.
 
-The arena is allocated once. Slots hold one frame of keys each: the first `sinks` slots keep the first frames for good, the
-others are a ring in which every new frame overwrites the one that just left the window. Softmax does not care about the
-order of keys, so the ring is attended as it lies: nothing is rolled, concatenated or moved, and nothing on the host waits for
-the device. Row counters live twice, on the device for the index arithmetic and on the host for the shapes.
+The arena is allocated once. Slots hold one frame of keys each: the first `sinks` slots keep the first frames for good,
+the others are a ring in which every new frame overwrites the one that just left the window. Softmax does not care about
+the order of keys, so the ring is attended as it lies: nothing is rolled, concatenated or moved, and nothing on the host
+waits for the device. Row counters live twice, on the device for the index arithmetic and on the host for the shapes.
 
 *Cached equals recomputed* means: equal to ONE forward over the whole history under the mask `Window.visible`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,8 +25,8 @@ from ..kernels import shift_frames
 class Window:
     """Who sees whom: the one rule behind the training mask and behind the cache.
 
-    Frames come in blocks of `block`, which see each other whole. A block sees the blocks before it as far as `frames` frames
-    reach, counted with the block itself and with the first `sinks` frames of the stream, which stay for ever.
+    Frames come in blocks of `block`, which see each other whole. A block sees the blocks before it as far as `frames`
+    frames reach, counted with the block itself and with the first `sinks` frames of the stream, which stay for ever.
     """
 
     frames: int
@@ -95,7 +95,7 @@ class Rows:
 
 
 class KVView(NamedTuple):
-    """What one layer attends to: `k`, `v` [B, K, H, D]; `mask` bool [B, 1, 1, K], or None where every key is visible."""
+    """What one layer attends to: `k`, `v` [B, K, H, D]; `mask` bool [B, 1, 1, K], or None where all are visible."""
 
     k: Tensor
     v: Tensor
@@ -106,10 +106,9 @@ class KVCache:
     """Keys and values of every layer and row.
 
     Args:
-        layers, rows, heads, head_dim, tokens_per_frame: the shape of the arena.
-        window: how many frames stay, and how many of them are sinks.
-        position: `"absolute"` leaves keys rotated to their frame; `"sink"` turns the sink keys, once per chunk, to stand
-            just before the window, so that distances never grow past it (equal to cache-relative position schemes).
+        layers, rows, heads, head_dim, tokens_per_frame, window: the shape of the arena.
+        position: `"absolute"` leaves keys rotated to their frame; `"sink"` turns the sink keys, once per chunk, to
+            stand just before the window, so that distances never grow past it (equal to cache-relative schemes).
         spare: extra frames of ring, so that as many committed frames can be rolled back exactly.
         storage: how keys and values are kept.
     """
@@ -129,6 +128,8 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if spare < 0:
+            raise ValueError(f"spare must be 0 or more frames, got {spare}")
         if position not in ("absolute", "sink"):
             raise ValueError(f"position must be 'absolute' or 'sink', got {position!r}")
         self.window = window
@@ -147,6 +148,7 @@ class KVCache:
         sink_tokens = window.sinks * tokens_per_frame if position == "sink" else 0
         self.sink_k = torch.zeros((layers, rows, sink_tokens, heads, head_dim), device=self.device, dtype=dtype)
         self.counts = [0] * rows
+        self.reached = [0] * rows  # the end of the furthest chunk ever opened: what lies a ring before it is gone
         self.frames = torch.zeros(rows, dtype=torch.int64, device=self.device)
 
     @property
@@ -159,24 +161,41 @@ class KVCache:
         return sum(store.numel() * store.element_size() for store in (self.k, self.v, self.sink_k))
 
     def open(self, rows: Sequence[int], num_frames: int | None = None) -> KVChunk:
-        """Start the next chunk of `rows`: `num_frames` frames (one block by default) that see each other and the window."""
-        num_frames = num_frames or self.window.block
-        if num_frames > self.window.frames - self.window.sinks:
+        """Start the next chunk of `rows`, dropping one that was not committed.
+
+        Its `num_frames` frames (one block by default) see each other and the window. ValueError refuses more than the
+        window holds, and a chunk whose window was overwritten by a larger one that was dropped.
+        """
+        num_frames = self.window.block if num_frames is None else num_frames
+        if not 1 <= num_frames <= self.window.frames - self.window.sinks:
             raise ValueError(f"a chunk of {num_frames} frames does not fit a window of {self.window}")
+        for row in rows:
+            self._require(row, self.counts[row] + num_frames)
+            self.reached[row] = max(self.reached[row], self.counts[row] + num_frames)
         return KVChunk(self, Rows(rows, self.device), num_frames)
 
     def rollback(self, row: int, num_frames: int) -> None:
-        """Forget the last `num_frames` committed frames of `row`, exactly as if they had never been."""
+        """Forget the last `num_frames` (up to `spare`) committed frames of `row`, exactly as if they had never been."""
         if not 0 <= num_frames <= min(self.spare, self.counts[row]):
             raise ValueError(
                 f"cannot roll back {num_frames} frames: {self.counts[row]} are committed and the cache was made with "
                 f"spare={self.spare}"
             )
+        self._require(row, self.counts[row] - num_frames + self.window.block)
         self.counts[row] -= num_frames
         self.frames[row] -= num_frames
 
+    def _require(self, row: int, end: int) -> None:
+        """The window that ends at frame `end` of `row` still lies in the ring."""
+        overwriting = self.reached[row] > self.window.sinks + self.ring
+        if overwriting and end + self.spare < self.reached[row]:
+            raise ValueError(
+                f"row {row} was drawn up to frame {self.reached[row]}: the window that ends at frame {end} is gone; "
+                f"make the cache with spare={self.reached[row] - end} or more"
+            )
+
     def reset(self, row: int) -> None:
-        self.counts[row] = 0
+        self.counts[row] = self.reached[row] = 0
         self.frames[row] = 0
 
     def snapshot(self, row: int) -> dict[str, Tensor | int]:
@@ -186,9 +205,10 @@ class KVCache:
             "v": self.v[:, row].clone(),
             "sink_k": self.sink_k[:, row].clone(),
             "count": self.counts[row],
+            "reached": self.reached[row],
         }
 
-    def restore(self, row: int, saved: dict[str, Tensor | int]) -> None:
+    def restore(self, row: int, saved: Mapping[str, Tensor | int | float | str]) -> None:
         """Put a snapshot into `row`, of this cache or of another of the same shape."""
         for name in ("k", "v", "sink_k"):
             store, value = getattr(self, name)[:, row], saved[name]
@@ -197,6 +217,7 @@ class KVCache:
                 raise ValueError(f"the saved {name} has shape {seen}, this cache needs {tuple(store.shape)}")
             store.copy_(value)
         self.counts[row] = int(saved["count"])
+        self.reached[row] = int(saved.get("reached", saved["count"]))
         self.frames[row] = self.counts[row]
 
 
@@ -229,15 +250,14 @@ class KVChunk:
         window, ring = self.cache.window, self.cache.ring
         end = self.positions[:, -1:]
         slot = torch.arange(self._length // self.cache.tokens_per_frame, device=self.cache.device)[None]
-        newest = (
-            end - (end - slot) % ring
-        )  # frame f lies in ring slot f modulo ring, both counted from the first ring slot
+        newest = end - (end - slot) % ring  # a ring slot holds the newest frame that is equal to it modulo the ring
         frame = torch.where(slot < window.sinks, slot, newest)
-        visible = window.visible(end, frame) & (frame >= slot.clamp_max(window.sinks))
+        recent = frame > end - (window.frames - window.sinks)
+        visible = (frame <= end) & (recent | (slot < window.sinks)) & (frame >= slot.clamp_max(window.sinks))
         return visible.repeat_interleave(self.cache.tokens_per_frame, dim=1)[:, None, None]
 
     def _turn_sinks(self) -> None:
-        """The sinks move by as much as the window has moved past them; sink frame i then stands at window start - sinks + i."""
+        """Sinks move by as much as the window has moved past them: sink i then stands at window start - sinks + i."""
         cache = self.cache
         delta = (self.positions[:, -1] + 1 - cache.window.frames).clamp_min(0)
         slots = torch.arange(cache.sink_k.shape[2], device=cache.device)[None]
@@ -246,7 +266,7 @@ class KVChunk:
             cache.storage.write(cache.k, layer, self.rows.index[:, None], slots, turned)
 
     def attend_view(self, layer: int, k: Tensor, v: Tensor) -> KVView:
-        """Context plus this chunk's keys. `k` (rotated to `positions`), `v`: [B, num_frames * tokens_per_frame, H, D]."""
+        """Context plus this chunk's `k` (rotated to `positions`) and `v`, [B, num_frames * tokens_per_frame, H, D]."""
         cache, storage = self.cache, self.cache.storage
         rows = self.rows.index[:, None]
         storage.write(cache.k, layer, rows, self._slots, k)

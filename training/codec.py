@@ -2,8 +2,8 @@
 
     millstream train codec --data data/freedoom --out runs/codec --minutes 10
 
-L1 with its picture gradients keeps edges, a squared term serves PSNR, and a little noise on the latents keeps the decoder
-smooth around them, since a diffusion model will never hit them exactly.
+L1 with its picture gradients keeps edges, a squared term serves PSNR, and a little noise on the latents keeps the
+decoder smooth around them, since a diffusion model will never hit them exactly.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def train(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="millstream train codec", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="millstream train codec", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (millstream train data)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its checkpoint")
     parser.add_argument("--minutes", type=float, default=10.0)

@@ -43,7 +43,7 @@ class Budget:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def rate(self, step: int, progress: float) -> float:
-        """Learning rate: linear warm-up in steps, then a cosine down to 2 % over the time budget (`progress` 0 to 1)."""
+        """Learning rate: linear warm-up in steps, then a cosine to 2 % over the time budget (`progress` 0 to 1)."""
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * decay
 
@@ -75,7 +75,12 @@ class Trainer:
         self.wrapped, self.optimizer = accelerator.prepare(self.objective, self.optimizer)
 
     def fit(self, batch: Callable[[], Batch], *, title: str) -> None:
-        """Train until the budget is spent, then leave the averaged weights in the objective."""
+        """Train until the budget is spent, then leave the averaged weights in the objective.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, once the checkpoint is written.
+            ArithmeticError: the loss is no longer a number; the last checkpoint is left as it was.
+        """
         self.objective.train()
         self._warm_up(batch)
         begun = saved = time.monotonic() - self.seconds
@@ -83,23 +88,29 @@ class Trainer:
         bar = tqdm(
             desc=title, unit="step", initial=self.step, disable=not self.accelerator.is_main_process, mininterval=5
         )
-        while progress < 1.0 and self.step != self.budget.steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.budget.rate(self.step, progress)
-            value, logs = self._update(batch())
-            if self.step % SYNC_STEPS == 0:
-                progress, loss = self._progress(begun), float(value)
-                if not math.isfinite(loss):
-                    raise ArithmeticError(
-                        f"the loss became {loss} at step {self.step}; resume from {self.path} with a lower rate"
-                    )
-                shown = {name: f"{float(entry):.4g}" for name, entry in logs.items()}
-                bar.set_postfix(done=f"{progress:.0%}", loss=f"{loss:.4f}", **shown, refresh=False)
-                if time.monotonic() - saved > 60 * self.budget.checkpoint_minutes:
-                    self.save(time.monotonic() - begun)
-                    saved = time.monotonic()
-            bar.update()
-        bar.close()
+        steps = math.inf if self.budget.steps is None else self.budget.steps
+        try:
+            while progress < 1.0 and self.step < steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.budget.rate(self.step, progress)
+                value, logs = self._update(batch())
+                if self.step % SYNC_STEPS == 0:
+                    progress, loss = self._progress(begun), float(value)
+                    if not math.isfinite(loss):
+                        raise ArithmeticError(
+                            f"the loss became {loss} at step {self.step}; resume from {self.path} with a lower rate"
+                        )
+                    shown = {name: f"{float(entry):.4g}" for name, entry in logs.items()}
+                    bar.set_postfix({"done": f"{progress:.0%}", "loss": f"{loss:.4f}", **shown}, refresh=False)
+                    if time.monotonic() - saved > 60 * self.budget.checkpoint_minutes:
+                        self.save(time.monotonic() - begun)
+                        saved = time.monotonic()
+                bar.update()
+        except KeyboardInterrupt:
+            self.save(time.monotonic() - begun)
+            raise
+        finally:
+            bar.close()
         self.save(time.monotonic() - begun)
         self.ema.copy_to(self.parameters)
         self.objective.eval()

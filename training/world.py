@@ -144,7 +144,7 @@ class Windows:
 @torch.no_grad()
 def encode_all(codec: FrameAutoencoder, episodes: Episodes, device: torch.device, chunk: int = 512) -> Tensor:
     """Normalised latents [N, C, h, w] of every frame, bfloat16 on CUDA, in the order of `episodes`."""
-    codec.to(device, memory_format=torch.channels_last).eval()
+    codec.eval().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportArgumentType]  (wrapped overloads)
     cuda = device.type == "cuda"
     mean, std = codec.latent_mean[:, None, None], codec.latent_std[:, None, None]
     parts = []
@@ -199,7 +199,7 @@ def train(
         text_encoder = ByteTextEncoder()
         grid = (episodes.size[0] // 16, episodes.size[1] // 16)
         transformer = world_transformer(
-            codec.config.latent_channels, len(episodes.buttons), text_encoder.config.dim, grid
+            codec.config["latent_channels"], len(episodes.buttons), text_encoder.config["dim"], grid
         )
     latents = encode_all(codec, episodes, accelerator.device)
     set_seed(seed, device_specific=True)
@@ -214,7 +214,7 @@ def train(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="millstream train world", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="millstream train world", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (millstream train data)")
     parser.add_argument("--codec", type=Path, required=True, help="folder of the trained codec")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models and their checkpoint")
