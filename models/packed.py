@@ -48,10 +48,10 @@ class PackedModelMixin(ModelMixin):
         model = cls.from_config(json.loads((path.parent / "config.json").read_text()))
         model.load_state_dict(unpack_file(path), strict=True)
         model.register_to_config(_name_or_path=str(path.parent))
-        model.to(kwargs.get("torch_dtype") or torch.float32)
-        for name, parameter in model.named_parameters():
-            if set(name.split(".")) & set(cls._keep_in_fp32_modules or ()):
-                parameter.data = parameter.data.float()
+        exact = set(cls._keep_in_fp32_modules or ())
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            if value.is_floating_point() and not exact & set(name.split(".")):
+                value.data = value.data.to(kwargs.get("torch_dtype") or torch.float32)
         return model.eval()
 
 
