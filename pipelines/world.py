@@ -9,7 +9,7 @@ the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..kernels import philox_normal
@@ -66,7 +67,7 @@ class WorldPipeline(DiffusionPipeline):
         worlds: one caption per world that was learnt.
         buttons: what each action column presses.
         key_map: W3C key code -> button.
-        size: (height, width) of a frame in pixels.
+        size: (height, width) of a frame in pixels, (96, 128) by default.
         rate: frames per second of the world's own clock.
         window, sinks: frames that stay in memory, the current one included.
     """
@@ -79,10 +80,10 @@ class WorldPipeline(DiffusionPipeline):
         codec: FrameAutoencoder,
         text_encoder: ByteTextEncoder,
         scheduler: FlowSampler,
-        worlds: Sequence[str] = (),
-        buttons: Sequence[str] = (),
-        key_map: Mapping[str, str] | None = None,
-        size: Sequence[int] = (96, 128),
+        worlds: list[str] | None = None,
+        buttons: list[str] | None = None,
+        key_map: dict[str, str] | None = None,
+        size: list[int] | None = None,
         rate: float = 17.5,
         window: int = 24,
         sinks: int = 0,
@@ -90,14 +91,15 @@ class WorldPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler)
-        self.worlds, self.buttons, self.key_map = list(worlds), list(buttons), dict(key_map or {})
+        self.worlds, self.buttons, self.key_map = list(worlds or ()), list(buttons or ()), dict(key_map or {})
         self.rate, self.window, self.pixels_per_turn = rate, Window(window, sinks), pixels_per_turn
-        self.size = (size[0], size[1])
+        height, width = size or (96, 128)
+        self.size = (height, width)
         self.register_to_config(
             worlds=self.worlds,
             buttons=self.buttons,
             key_map=self.key_map,
-            size=list(size),
+            size=[height, width],
             rate=rate,
             window=window,
             sinks=sinks,
@@ -168,7 +170,7 @@ class WorldPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
     ) -> Session[WorldState, WorldControl]:
         """An endless session. `session.step(Frame(picture, time))` shows the world a true frame instead of drawing one."""
-        if any(hasattr(getattr(part, "_hf_hook", None), "offload") for part in self.components.values()):
+        if any(_is_offloaded(part) for part in self.components.values()):
             raise ValueError("a stream cannot run with model CPU offload; move the pipeline with .to(device) instead")
         control = WorldControl(prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         return Session(self, control, generator=generator)
@@ -186,12 +188,14 @@ class WorldPipeline(DiffusionPipeline):
     # What a session asks for (`Streamable`).
 
     def check(self, control: WorldControl) -> None:
-        """Refuse keys that press nothing here, and an empty prompt."""
+        """Refuse keys that press nothing here, an empty prompt and a number of steps the sampler does not know."""
         if not control.prompt.strip():
-            raise ValueError(f'the prompt is empty; describe a world, for example "{self.worlds[0]}"')
+            example = self.worlds[0] if self.worlds else "a brick corridor with soldiers"
+            raise ValueError(f'the prompt is empty; describe a world, for example "{example}"')
         unknown = sorted(control.keys - self.key_map.keys())
         if unknown:
             raise ValueError(f"unknown key {', '.join(unknown)}; the keys of this world are {', '.join(self.key_map)}")
+        self.scheduler.sigmas(control.num_inference_steps)
 
     def begin(self, control: WorldControl, *, generator: torch.Generator | None = None) -> WorldState:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
@@ -223,18 +227,20 @@ class WorldPipeline(DiffusionPipeline):
         known = {field.name for field in fields(WorldState)} - {"row"}
         plain = {name: value for name, value in leaves.items() if not name.startswith("cache.")}
         if (
-            set(cache) != {"k", "v", "sink_k", "count"}
+            not {"k", "v", "sink_k", "count"} <= set(cache)
             or not {"seed", "frame", "prompt", "turn"} <= set(plain) <= known
         ):
             raise ValueError(f"this is not the snapshot of a world: it holds {', '.join(sorted(leaves)[:8])}")
+        if cache["count"] != plain["frame"]:
+            raise ValueError(f"the snapshot is damaged: {cache['count']} frames in memory, {plain['frame']} drawn")
         row = self.arena.take()
         try:
             self.arena.cache.restore(row, cache)
-        except ValueError:
+            state = WorldState(row=row, **plain)
+            self._read_prompt(state, state.prompt)
+        except BaseException:
             self.arena.give_back(row)
             raise
-        state = WorldState(row=row, **plain)
-        self._read_prompt(state, state.prompt)
         return state
 
     def end(self, state: WorldState) -> None:
@@ -377,3 +383,9 @@ def _as_output(frames: Sequence[Tensor], output_type: str) -> Any:
         return clip
     pictures = clip.permute(0, 2, 3, 1).cpu().numpy()
     return pictures if output_type == "np" else DiffusionPipeline.numpy_to_pil(np.asarray(pictures))
+
+
+def _is_offloaded(part: Any) -> bool:
+    """Does accelerate move this part between devices at every call?"""
+    hooks = [getattr(module, "_hf_hook", None) for module in part.modules()] if isinstance(part, nn.Module) else []
+    return any(isinstance(hook, CpuOffload) or getattr(hook, "offload", False) for hook in hooks)
