@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from ..models.frame_codec import FrameAutoencoder
 from ..models.text_encoder import ByteTextEncoder
 from ..models.transformer import CausalTransformer3DModel
 from ..samplers import FlowSampler
+from ..samplers.flow_sampler import integrate
 from ..samplers.guidance import combine
 from ..streaming import Chunk, Frame, Session, WorldControl
 from ..streaming.kv_cache import KVCache, KVChunk, Window
@@ -206,6 +207,9 @@ class WorldPipeline(DiffusionPipeline):
         self, states: Sequence[WorldState], controls: Sequence[WorldControl], media: Sequence[Frame | None]
     ) -> Sequence[Sequence[Chunk]]:
         """One frame for every state; states with the same settings go through the network together."""
+        for frame in media:
+            if frame is not None:
+                self._check_picture(frame.data)
         chunks: dict[int, Chunk] = {}
         jobs = sorted(zip(states, controls, media), key=lambda job: (_kind(job), job[0].row))
         for _, group in groupby(jobs, key=_kind):
@@ -297,16 +301,21 @@ class WorldPipeline(DiffusionPipeline):
         """Denoise the next frame of every state: latents [B, C, 1, h, w]."""
         text = self.arena.prompts(chunk.rows)
         silence = self._silence(len(states)) if control.guidance_scale != 1 else None
-        sampler, memory = self.scheduler, None
-        latents = self._noise(states, 0)
-        for step, (sigma, sigma_next) in enumerate(pairwise(sampler.sigmas(control.num_inference_steps))):
-            for _ in range(sampler.evaluations_per_step):
-                flow = self._flow(latents, sigma, text, chunk, actions)
-                if silence is not None:
-                    flow = combine(flow, self._flow(latents, sigma, silence, chunk, actions), control.guidance_scale)
-                noise = self._noise(states, step + 1) if sampler.needs_noise else None
-                latents, memory = sampler.step(latents, flow, sigma, sigma_next, noise=noise, memory=memory)
-        return latents
+
+        def denoise(latents: Tensor, sigma: float) -> Tensor:
+            flow = self._flow(latents, sigma, text, chunk, actions)
+            if silence is None:
+                return flow
+            return combine(flow, self._flow(latents, sigma, silence, chunk, actions), control.guidance_scale)
+
+        sigmas = self.scheduler.sigmas(control.num_inference_steps)
+        return integrate(
+            denoise,
+            self._noise(states, 0),
+            sigmas,
+            self.scheduler.rule,
+            noise=lambda step: self._noise(states, step + 1),
+        )
 
     def remember(self, states: Sequence[WorldState], latents: Tensor, chunk: KVChunk, actions: Tensor) -> None:
         """Write the finished frame into the cache, a little noised, as in training."""
@@ -317,12 +326,16 @@ class WorldPipeline(DiffusionPipeline):
 
     def encode(self, pictures: Sequence[Tensor]) -> Tensor:
         """Pictures [3, H, W] in [0, 1] to latents [B, C, 1, h, w]."""
-        for picture in pictures:
-            if tuple(picture.shape) != (3, *self.size):
-                raise ValueError(
-                    f"a frame of this world is [3, {self.size[0]}, {self.size[1]}], got {tuple(picture.shape)}"
-                )
-        return self.codec.encode(torch.stack(list(pictures))[:, None].to(self.device, self.codec.dtype))
+        together = torch.stack([picture.to(self.device, self.codec.dtype) for picture in pictures])
+        return self.codec.encode(together[:, None])
+
+    def _check_picture(self, picture: Tensor) -> None:
+        """Called before any stream moves, so that one bad picture costs the others nothing."""
+        if tuple(picture.shape) != (3, *self.size) or not picture.is_floating_point():
+            raise ValueError(
+                f"a frame of this world is [3, {self.size[0]}, {self.size[1]}] in floats from 0 to 1, got "
+                f"{list(picture.shape)} in {picture.dtype}"
+            )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, 1, h, w] to frames [B, 1, 3, H, W] in [0, 1], float32."""
