@@ -86,8 +86,10 @@ class WorldObjective(nn.Module):
         summary = self.text_encoder.summary(tokens)
         count = ids.shape[0] - batch["captions"].shape[0]
         similarity = summary[:count] @ summary[count:].T
-        meaning = F.cross_entropy(similarity / 0.1, batch["worlds"].flatten(), ignore_index=-1)
-        return tokens[:count], meaning
+        worlds = batch["worlds"].flatten()
+        # Divided here, since the mean over no prompt at all (a small batch may draw that) is not a number.
+        meaning = F.cross_entropy(similarity / 0.1, worlds, ignore_index=-1, reduction="sum")
+        return tokens[:count], meaning / (worlds >= 0).sum().clamp_min(1)
 
     def keys_per_frame(self, tokens: Tensor, after: Tensor) -> list[tuple[Tensor, ...]]:
         """Keys of each window's two prompts, dealt out to its frames: [B F, S, H, d]."""
