@@ -120,13 +120,17 @@ class Block(nn.Module):
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, `x` [B, L, D] with one shift and scale [B, G, D] per group of L / G tokens."""
-    grouped = x.unflatten(1, (shift.shape[1], -1))
-    return (grouped * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+    if shift.shape[1] == 1:
+        return torch.addcmul(shift, x, 1 + scale)
+    return torch.addcmul(shift[:, :, None], x.unflatten(1, (shift.shape[1], -1)), 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y gate, grouped as in `modulated`."""
-    return x + (y.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
+    if gate.shape[1] == 1:
+        return torch.addcmul(x, y, gate)
+    groups = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, groups), y.unflatten(1, groups), gate[:, :, None]).flatten(1, 2)
 
 
 class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -246,7 +250,7 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
             raise ValueError(f"attention_kwargs are not supported, got {sorted(attention_kwargs)}")
         p_t, p_h, p_w = self.config["patch_size"]
         frames, height, width = self.grid(hidden_states)
-        x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
+        x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
         if self.config["position_grid"] is not None:
             x = (x.unflatten(1, (frames, -1)) + self.position_embedding).flatten(1, 2).type_as(x)
         if text_keys is None:

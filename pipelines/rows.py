@@ -29,6 +29,14 @@ class RowArena:
         self.free = [0]
 
     @property
+    def device(self) -> torch.device:
+        return self.cache.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cache.k.dtype
+
+    @property
     def in_use(self) -> int:
         return self.cache.rows - len(self.free)
 

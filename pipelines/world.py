@@ -200,7 +200,7 @@ class WorldPipeline(DiffusionPipeline):
 
     def begin(self, control: WorldControl, *, generator: torch.Generator | None = None) -> WorldState:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
-        return WorldState(self.arena.take(), seed)
+        return WorldState(self._take_row(), seed)
 
     @torch.no_grad()
     def advance(
@@ -237,7 +237,7 @@ class WorldPipeline(DiffusionPipeline):
             raise ValueError(f"this is not the snapshot of a world: it holds {', '.join(sorted(leaves)[:8])}")
         if cache["count"] != plain["frame"]:
             raise ValueError(f"the snapshot is damaged: {cache['count']} frames in memory, {plain['frame']} drawn")
-        row = self.arena.take()
+        row = self._take_row()
         try:
             self.arena.cache.restore(row, cache)
             state = WorldState(row=row, **plain)
@@ -254,25 +254,30 @@ class WorldPipeline(DiffusionPipeline):
 
     @property
     def arena(self) -> RowArena:
-        """Rows on the transformer's device, made when first needed."""
-        model = self.transformer
-        if self._arena is None or (self._arena.cache.device != model.device and not self._arena.in_use):
-            config = model.config
-
-            def make_cache(rows: int) -> KVCache:
-                return KVCache(
-                    layers=config["num_layers"],
-                    rows=rows,
-                    heads=config["num_attention_heads"],
-                    head_dim=config["attention_head_dim"],
-                    tokens_per_frame=self.size[0] * self.size[1] // 256,
-                    window=self.window,
-                    device=model.device,
-                    dtype=model.dtype,
-                )
-
-            self._arena = RowArena(make_cache, model)
+        """Memory of the running streams."""
+        if self._arena is None:
+            self._arena = RowArena(self._make_cache, self.transformer)
         return self._arena
+
+    def _take_row(self) -> int:
+        """A fresh row; the arena follows the weights to another device while nothing runs."""
+        model = self.transformer
+        if not self.arena.in_use and (self.arena.device, self.arena.dtype) != (model.device, model.dtype):
+            self._arena = None
+        return self.arena.take()
+
+    def _make_cache(self, rows: int) -> KVCache:
+        model, config = self.transformer, self.transformer.config
+        return KVCache(
+            layers=config["num_layers"],
+            rows=rows,
+            heads=config["num_attention_heads"],
+            head_dim=config["attention_head_dim"],
+            tokens_per_frame=self.size[0] * self.size[1] // 256,
+            window=self.window,
+            device=model.device,
+            dtype=model.dtype,
+        )
 
     def _advance_group(
         self, states: Sequence[WorldState], controls: Sequence[WorldControl], media: Sequence[Frame | None]
@@ -284,8 +289,8 @@ class WorldPipeline(DiffusionPipeline):
         chunk = self.arena.cache.open([state.row for state in states])
         actions = torch.tensor(
             [self._action(state, control) for state, control in zip(states, controls)],
-            device=self.device,
-            dtype=self.transformer.dtype,
+            device=self.arena.device,
+            dtype=self.arena.dtype,
         )[:, None]
         if media[0] is None:
             latents = self.draw(states, chunk, actions, controls[0])
@@ -326,7 +331,7 @@ class WorldPipeline(DiffusionPipeline):
 
     def encode(self, pictures: Sequence[Tensor]) -> Tensor:
         """Pictures [3, H, W] in [0, 1] to latents [B, C, 1, h, w]."""
-        together = torch.stack([picture.to(self.device, self.codec.dtype) for picture in pictures])
+        together = torch.stack([picture.to(self.arena.device, self.arena.dtype) for picture in pictures])
         return self.codec.encode(together[:, None])
 
     def _check_picture(self, picture: Tensor) -> None:
@@ -339,12 +344,12 @@ class WorldPipeline(DiffusionPipeline):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, 1, h, w] to frames [B, 1, 3, H, W] in [0, 1], float32."""
-        return self.codec.decode(latents.to(self.codec.dtype)).float()
+        return self.codec.decode(latents.to(self.arena.dtype)).float()
 
     def _flow(self, latents: Tensor, sigma: float, text: Any, chunk: KVChunk, actions: Tensor) -> Tensor:
         timestep = torch.full(latents.shape[:1] + (1,), self.scheduler.timestep(sigma), device=latents.device)
         (flow,) = self.transformer(
-            latents.to(self.transformer.dtype),
+            latents.to(self.arena.dtype),
             timestep,
             actions=actions,
             text_keys=text,
@@ -355,15 +360,15 @@ class WorldPipeline(DiffusionPipeline):
 
     def _noise(self, states: Sequence[WorldState], step: int) -> Tensor:
         shape = (self.codec.config["latent_channels"], 1, self.size[0] // 8, self.size[1] // 8)
-        seed, frame = torch.tensor([[state.seed, state.frame] for state in states], device=self.device).unbind(1)
+        seed, frame = torch.tensor([[state.seed, state.frame] for state in states], device=self.arena.device).unbind(1)
         return philox_normal(seed, frame, step, shape)
 
     def _read_prompt(self, state: WorldState, prompt: str) -> None:
-        self.arena.read_prompt(state.row, self.text_encoder.encode([prompt]).to(self.transformer.dtype))
+        self.arena.read_prompt(state.row, self.text_encoder.encode([prompt]).to(self.arena.dtype))
         state.prompt = prompt
 
     def _silence(self, count: int) -> Any:
-        tokens = self.text_encoder.encode([""]).to(self.transformer.dtype)
+        tokens = self.text_encoder.encode([""]).to(self.arena.dtype)
         return self.transformer.embed_text(tokens.expand(count, -1, -1))
 
     def _action(self, state: WorldState, control: WorldControl) -> list[float]:
