@@ -1,12 +1,13 @@
 """Weights on disk in a quarter of the room: int8 with one scale per output channel.
 
-The stock loader would turn the integers into floats and drop the scales, so packed models read their own files; what is in
-memory afterwards is an ordinary model.
+The stock loader would turn the integers into floats and drop the scales, so packed models read their own files; what is
+in memory afterwards is an ordinary model.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class PackedModelMixin(ModelMixin):
         tensors: dict[str, Tensor] = {}
         for name, value in self.state_dict().items():
             value = value.detach().cpu()
-            if value.ndim >= 2 and value.numel() >= SMALLEST:
+            if value.is_floating_point() and value.ndim >= 2 and value.numel() >= SMALLEST:
                 tensors[name], tensors[name + SCALE] = pack(value)
             else:
                 tensors[name] = value.half() if value.is_floating_point() else value
@@ -42,17 +43,46 @@ class PackedModelMixin(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a folder or a repository; see diffusers for the arguments. Only safetensors are read, never a pickle.
+
+        Raises:
+            OSError: there is no such folder or file.
+            ValueError: the weights are damaged, or another model's (the stock loader would draw what is missing).
+        """
         path = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "") / FILE
-        if not path.is_file() or not is_packed(path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        model = cls.from_config(json.loads((path.parent / "config.json").read_text()))
-        model.load_state_dict(unpack_file(path), strict=True)
+        if path.is_file() and is_packed(path):
+            return cls._from_packed(path, kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs = {"use_safetensors": True} | kwargs | {"output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        _check_names(cls, pretrained_model_name_or_path, info["missing_keys"], ())
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_packed(cls, path: Path, kwargs: dict[str, Any]) -> Self:
+        config = path.with_name("config.json")
+        if not config.is_file():
+            raise FileNotFoundError(f"{path} has no config.json beside it; fetch the whole folder again")
+        model = cls.from_config(json.loads(config.read_text(encoding="utf-8")))
+        stored, wanted = unpack_file(path), model.state_dict()
+        misfits = {name for name in stored.keys() & wanted.keys() if stored[name].shape != wanted[name].shape}
+        _check_names(cls, path, wanted.keys() - stored.keys() | misfits, stored.keys() - wanted.keys())
+        model.load_state_dict(stored)
         model.register_to_config(_name_or_path=str(path.parent))
-        exact = set(cls._keep_in_fp32_modules or ())
-        for name, value in (*model.named_parameters(), *model.named_buffers()):
-            if value.is_floating_point() and not exact & set(name.split(".")):
-                value.data = value.data.to(kwargs.get("torch_dtype") or torch.float32)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or torch.float32
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if value.is_floating_point() and not set(name.split(".")) & set(cls._keep_in_fp32_modules or ()):
+                value.data = value.data.to(dtype)
         return model.eval()
+
+
+def _check_names(cls: type, where: str | Path, missing: Iterable[str], unknown: Iterable[str]) -> None:
+    missing, unknown = sorted(missing), sorted(unknown)
+    if missing or unknown:
+        raise ValueError(
+            f"the weights in {where} are not a {cls.__name__} of its config: {len(missing)} missing or of "
+            f"another shape ({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])})"
+        )
 
 
 def pack(value: Tensor) -> tuple[Tensor, Tensor]:
