@@ -12,7 +12,6 @@ from torch import nn
 
 from millstream.training.trainer import SYNC_STEPS, Budget, Trainer
 
-
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
