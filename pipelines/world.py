@@ -147,6 +147,8 @@ class WorldPipeline(DiffusionPipeline):
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+        if isinstance(keys, str):
+            raise TypeError(f"keys must hold one entry per frame, such as [{keys!r}] * num_frames, got {keys!r}")
         script = [_pressed(held) for held in keys or ()]
         settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         for held in set(script):
@@ -193,6 +195,8 @@ class WorldPipeline(DiffusionPipeline):
         if not control.prompt.strip():
             example = self.worlds[0] if self.worlds else "a brick corridor with soldiers"
             raise ValueError(f'the prompt is empty; describe a world, for example "{example}"')
+        if any("\ud800" <= character <= "\udfff" for character in control.prompt):
+            raise ValueError("the prompt holds half a character (a lone surrogate); send it as UTF-8")
         unknown = sorted(control.keys - self.key_map.keys())
         if unknown:
             raise ValueError(f"unknown key {', '.join(unknown)}; the keys of this world are {', '.join(self.key_map)}")
@@ -226,6 +230,7 @@ class WorldPipeline(DiffusionPipeline):
         leaves: Leaves = {f"cache.{name}": value for name, value in self.arena.cache.snapshot(state.row).items()}
         return leaves | {name: value for name, value in asdict(state).items() if name != "row" and value is not None}
 
+    @torch.no_grad()  # with gradients the prompt encoder takes another path, which differs in the last bit
     def load(self, leaves: Leaves) -> WorldState:
         cache = {name.removeprefix("cache."): value for name, value in leaves.items() if name.startswith("cache.")}
         known = {field.name for field in fields(WorldState)} - {"row"}
