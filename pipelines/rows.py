@@ -47,6 +47,8 @@ class RowArena:
         row = min(self.free)
         self.free.remove(row)
         self.cache.reset(row)
+        for store in (self.cache.k, self.cache.v, self.cache.sink_k):
+            store[:, row].zero_()  # what a mask hides must still be finite, and a stream may have left NaN behind
         return row
 
     def give_back(self, row: int) -> None:

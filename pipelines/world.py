@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal
 
 import numpy as np
@@ -107,6 +108,7 @@ class WorldPipeline(DiffusionPipeline):
             pixels_per_turn=pixels_per_turn,
         )
         self._arena: RowArena | None = None
+        self._sharing = RLock()  # sessions may run on threads of their own, and one that opens may move the arena
         self._captions: Tensor | None = None
 
     @classmethod
@@ -204,7 +206,8 @@ class WorldPipeline(DiffusionPipeline):
 
     def begin(self, control: WorldControl, *, generator: torch.Generator | None = None) -> WorldState:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
-        return WorldState(self._take_row(), seed)
+        with self._sharing:
+            return WorldState(self._take_row(), seed)
 
     @torch.no_grad()
     def advance(
@@ -218,7 +221,9 @@ class WorldPipeline(DiffusionPipeline):
         jobs = sorted(zip(states, controls, media), key=lambda job: (_kind(job), job[0].row))
         for _, group in groupby(jobs, key=_kind):
             together = list(group)
-            for (state, control, frame), picture in zip(together, self._advance_group(*zip(*together))):
+            with self._sharing:
+                pictures = self._advance_group(*zip(*together))
+            for (state, control, frame), picture in zip(together, pictures):
                 when = time.monotonic() if frame is None else frame.time
                 chunks[state.row] = Chunk("video", picture, state.frame - 1, self.rate, control.version, when)
         return [[chunks[state.row]] for state in states]
@@ -227,7 +232,8 @@ class WorldPipeline(DiffusionPipeline):
         return ()
 
     def save(self, state: WorldState) -> Leaves:
-        leaves: Leaves = {f"cache.{name}": value for name, value in self.arena.cache.snapshot(state.row).items()}
+        with self._sharing:
+            leaves: Leaves = {f"cache.{name}": value for name, value in self.arena.cache.snapshot(state.row).items()}
         return leaves | {name: value for name, value in asdict(state).items() if name != "row" and value is not None}
 
     @torch.no_grad()  # with gradients the prompt encoder takes another path, which differs in the last bit
@@ -242,18 +248,21 @@ class WorldPipeline(DiffusionPipeline):
             raise ValueError(f"this is not the snapshot of a world: it holds {', '.join(sorted(leaves)[:8])}")
         if cache["count"] != plain["frame"]:
             raise ValueError(f"the snapshot is damaged: {cache['count']} frames in memory, {plain['frame']} drawn")
-        row = self._take_row()
-        try:
-            self.arena.cache.restore(row, cache)
-            state = WorldState(row=row, **plain)
-            self._read_prompt(state, state.prompt)
-        except BaseException:
-            self.arena.give_back(row)
-            raise
-        return state
+        with self._sharing:
+            row = self._take_row()
+            try:
+                self.arena.cache.restore(row, cache)
+                state = WorldState(row=row, **plain)
+                self._read_prompt(state, state.prompt)
+            except BaseException:
+                self.arena.give_back(row)
+                raise
+            return state
 
     def end(self, state: WorldState) -> None:
-        self.arena.give_back(state.row)
+        row, state.row = state.row, -1
+        if row >= 0:
+            self.arena.give_back(row)
 
     # How a frame is made.
 
