@@ -53,7 +53,7 @@ class PackedModelMixin(ModelMixin):
         if path.is_file() and is_packed(path):
             return cls._from_packed(path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs = {"use_safetensors": True} | kwargs | {"output_loading_info": True}
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         _check_names(cls, pretrained_model_name_or_path, info["missing_keys"], ())
         return (model, info) if wants_info else model

@@ -56,7 +56,8 @@ class ByteTextEncoder(PackedModelMixin, ModelMixin, ConfigMixin):
     def forward(self, input_ids: Tensor) -> Tensor:
         """`tokenize`d prompts [B, N] to [B, tokens, dim]."""
         padding = input_ids == PADDING
-        x = self.embedding(input_ids) + _sinusoids(input_ids.shape[1], self.config["dim"], input_ids.device)
+        x = self.embedding(input_ids)
+        x = x + _sinusoids(input_ids.shape[1], self.config["dim"], input_ids.device).to(x.dtype)
         x = x.masked_fill(padding[..., None], 0.0)
         x = x + F.gelu(self.convolution(x.transpose(1, 2))).transpose(1, 2)
         for block in self.blocks:

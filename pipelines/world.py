@@ -246,6 +246,10 @@ class WorldPipeline(DiffusionPipeline):
             or not {"seed", "frame", "prompt", "turn"} <= set(plain) <= known
         ):
             raise ValueError(f"this is not the snapshot of a world: it holds {', '.join(sorted(leaves)[:8])}")
+        kinds = {"seed": int, "frame": int, "prompt": str, "turn": float, "latents": Tensor}
+        wrong = [name for name, value in plain.items() if not isinstance(value, kinds[name])]
+        if wrong:
+            raise ValueError(f"the snapshot is damaged: {wrong[0]} is a {type(plain[wrong[0]]).__name__}")
         if cache["count"] != plain["frame"]:
             raise ValueError(f"the snapshot is damaged: {cache['count']} frames in memory, {plain['frame']} drawn")
         with self._sharing:
