@@ -1,9 +1,9 @@
 """A playable world: each step reads the keys, draws one frame and remembers it.
 
-`WorldPipeline` is stateless apart from its arena of rows; what a stream is lives in the `WorldState` that its session owns.
-A step is one pass of the transformer per sampler step, one more pass that writes the finished frame into the KV cache, and
-a decode. All noise is a pure function of (seed, frame, step), so however streams are batched, saved or forked, a frame stays
-the same.
+`WorldPipeline` is stateless apart from its arena of rows; what a stream is lives in the `WorldState` that its session
+owns. A step is one pass of the transformer per sampler step, one more pass that writes the finished frame into the KV
+cache, and a decode. All noise is a pure function of (seed, frame, step), so however streams are batched, saved or
+forked, a frame stays the same.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class WorldPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
     ) -> Session[WorldState, WorldControl]:
-        """An endless session. `session.step(Frame(picture, time))` shows the world a true frame instead of drawing one."""
+        """An endless session. `session.step(Frame(picture, time))` shows the world a true frame and draws none."""
         if any(_is_offloaded(part) for part in self.components.values()):
             raise ValueError("a stream cannot run with model CPU offload; move the pipeline with .to(device) instead")
         control = WorldControl(prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
@@ -365,7 +365,7 @@ class WorldPipeline(DiffusionPipeline):
         return self.codec.decode(latents.to(self.arena.dtype)).float()
 
     def _flow(self, latents: Tensor, sigma: float, text: Any, chunk: KVChunk, actions: Tensor) -> Tensor:
-        timestep = torch.full(latents.shape[:1] + (1,), self.scheduler.timestep(sigma), device=latents.device)
+        timestep = torch.full((latents.shape[0], 1), self.scheduler.timestep(sigma), device=latents.device)
         (flow,) = self.transformer(
             latents.to(self.arena.dtype),
             timestep,
