@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from threading import RLock
@@ -24,20 +24,20 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..kernels import philox_normal
 from ..models.frame_codec import FrameAutoencoder
 from ..models.text_encoder import ByteTextEncoder
 from ..models.transformer import CausalTransformer3DModel
 from ..samplers import FlowSampler
-from ..samplers.flow_sampler import integrate
-from ..samplers.guidance import combine
 from ..streaming import Chunk, Frame, Session, WorldControl
-from ..streaming.kv_cache import KVCache, KVChunk, Window
+from ..streaming.kv_cache import Window
 from ..streaming.types import Leaves
 from .rows import RowArena
+from .world_frames import FrameDrawer
+from .world_state import WorldState, from_leaves, to_leaves
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-COMMIT_NOISE = 1 << 20  # the noise step of the pass that writes the cache; sampler steps count from 0
+
+MOST_TURNS_OWED = 9  # half a second: a flick of the mouse must not go on turning for longer
 
 Keys = str | Iterable[str] | None
 
@@ -49,19 +49,7 @@ class WorldPipelineOutput(BaseOutput):
     frames: Any
 
 
-@dataclass
-class WorldState:
-    """One stream: its row of the arena, the seed of its noise, and how far it is."""
-
-    row: int
-    seed: int
-    frame: int = 0
-    prompt: str = ""
-    turn: float = 0.0  # mouse movement that no turn has used up yet, pixels
-    latents: Tensor | None = None  # of the last frame, [C, h, w]
-
-
-class WorldPipeline(DiffusionPipeline):
+class WorldPipeline(FrameDrawer):
     """Draws a world frame by frame while keys and words steer it.
 
     Args:
@@ -72,6 +60,7 @@ class WorldPipeline(DiffusionPipeline):
         size: (height, width) of a frame in pixels, (96, 128) by default.
         rate: frames per second of the world's own clock.
         window, sinks: frames that stay in memory, the current one included.
+        pixels_per_turn: mouse movement to the side that one frame of turning uses up.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->codec"
@@ -92,6 +81,9 @@ class WorldPipeline(DiffusionPipeline):
         pixels_per_turn: float = 12.0,
     ) -> None:
         super().__init__()
+        astray = sorted(set((key_map or {}).values()) - set(buttons or ()))
+        if astray:
+            raise ValueError(f"key_map presses {', '.join(astray)}, but the buttons are {', '.join(buttons or ())}")
         self.register_modules(transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler)
         self.worlds, self.buttons, self.key_map = list(worlds or ()), list(buttons or ()), dict(key_map or {})
         self.rate, self.window, self.pixels_per_turn = rate, Window(window, sinks), pixels_per_turn
@@ -233,25 +225,11 @@ class WorldPipeline(DiffusionPipeline):
 
     def save(self, state: WorldState) -> Leaves:
         with self._sharing:
-            leaves: Leaves = {f"cache.{name}": value for name, value in self.arena.cache.snapshot(state.row).items()}
-        return leaves | {name: value for name, value in asdict(state).items() if name != "row" and value is not None}
+            return to_leaves(state, self.arena.cache.snapshot(state.row))
 
     @torch.no_grad()  # with gradients the prompt encoder takes another path, which differs in the last bit
     def load(self, leaves: Leaves) -> WorldState:
-        cache = {name.removeprefix("cache."): value for name, value in leaves.items() if name.startswith("cache.")}
-        known = {field.name for field in fields(WorldState)} - {"row"}
-        plain = {name: value for name, value in leaves.items() if not name.startswith("cache.")}
-        if (
-            not {"k", "v", "sink_k", "count"} <= set(cache)
-            or not {"seed", "frame", "prompt", "turn"} <= set(plain) <= known
-        ):
-            raise ValueError(f"this is not the snapshot of a world: it holds {', '.join(sorted(leaves)[:8])}")
-        kinds = {"seed": int, "frame": int, "prompt": str, "turn": float, "latents": Tensor}
-        wrong = [name for name, value in plain.items() if not isinstance(value, kinds[name])]
-        if wrong:
-            raise ValueError(f"the snapshot is damaged: {wrong[0]} is a {type(plain[wrong[0]]).__name__}")
-        if cache["count"] != plain["frame"]:
-            raise ValueError(f"the snapshot is damaged: {cache['count']} frames in memory, {plain['frame']} drawn")
+        cache, plain = from_leaves(leaves)
         with self._sharing:
             row = self._take_row()
             try:
@@ -267,35 +245,6 @@ class WorldPipeline(DiffusionPipeline):
         row, state.row = state.row, -1
         if row >= 0:
             self.arena.give_back(row)
-
-    # How a frame is made.
-
-    @property
-    def arena(self) -> RowArena:
-        """Memory of the running streams."""
-        if self._arena is None:
-            self._arena = RowArena(self._make_cache, self.transformer)
-        return self._arena
-
-    def _take_row(self) -> int:
-        """A fresh row; the arena follows the weights to another device while nothing runs."""
-        model = self.transformer
-        if not self.arena.in_use and (self.arena.device, self.arena.dtype) != (model.device, model.dtype):
-            self._arena = None
-        return self.arena.take()
-
-    def _make_cache(self, rows: int) -> KVCache:
-        model, config = self.transformer, self.transformer.config
-        return KVCache(
-            layers=config["num_layers"],
-            rows=rows,
-            heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            tokens_per_frame=self.size[0] * self.size[1] // 256,
-            window=self.window,
-            device=model.device,
-            dtype=model.dtype,
-        )
 
     def _advance_group(
         self, states: Sequence[WorldState], controls: Sequence[WorldControl], media: Sequence[Frame | None]
@@ -320,38 +269,6 @@ class WorldPipeline(DiffusionPipeline):
             state.frame += 1
         return iter(self.decode(latents))
 
-    def draw(self, states: Sequence[WorldState], chunk: KVChunk, actions: Tensor, control: WorldControl) -> Tensor:
-        """Denoise the next frame of every state: latents [B, C, 1, h, w]."""
-        text = self.arena.prompts(chunk.rows)
-        silence = self._silence(len(states)) if control.guidance_scale != 1 else None
-
-        def denoise(latents: Tensor, sigma: float) -> Tensor:
-            flow = self._flow(latents, sigma, text, chunk, actions)
-            if silence is None:
-                return flow
-            return combine(flow, self._flow(latents, sigma, silence, chunk, actions), control.guidance_scale)
-
-        sigmas = self.scheduler.sigmas(control.num_inference_steps)
-        return integrate(
-            denoise,
-            self._noise(states, 0),
-            sigmas,
-            self.scheduler.rule,
-            noise=lambda step: self._noise(states, step + 1),
-        )
-
-    def remember(self, states: Sequence[WorldState], latents: Tensor, chunk: KVChunk, actions: Tensor) -> None:
-        """Write the finished frame into the cache, a little noised, as in training."""
-        sigma = self.scheduler.config["context_sigma"]
-        noisy = self.scheduler.add_noise(latents, self._noise(states, COMMIT_NOISE), sigma)
-        self._flow(noisy, sigma, self.arena.prompts(chunk.rows), chunk, actions)
-        chunk.commit()
-
-    def encode(self, pictures: Sequence[Tensor]) -> Tensor:
-        """Pictures [3, H, W] in [0, 1] to latents [B, C, 1, h, w]."""
-        together = torch.stack([picture.to(self.arena.device, self.arena.dtype) for picture in pictures])
-        return self.codec.encode(together[:, None])
-
     def _check_picture(self, picture: Tensor) -> None:
         """Called before any stream moves, so that one bad picture costs the others nothing."""
         if tuple(picture.shape) != (3, *self.size) or not picture.is_floating_point():
@@ -360,39 +277,11 @@ class WorldPipeline(DiffusionPipeline):
                 f"{list(picture.shape)} in {picture.dtype}"
             )
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, 1, h, w] to frames [B, 1, 3, H, W] in [0, 1], float32."""
-        return self.codec.decode(latents.to(self.arena.dtype)).float()
-
-    def _flow(self, latents: Tensor, sigma: float, text: Any, chunk: KVChunk, actions: Tensor) -> Tensor:
-        timestep = torch.full((latents.shape[0], 1), self.scheduler.timestep(sigma), device=latents.device)
-        (flow,) = self.transformer(
-            latents.to(self.arena.dtype),
-            timestep,
-            actions=actions,
-            text_keys=text,
-            cache=chunk,
-            return_dict=False,
-        )
-        return flow.float()
-
-    def _noise(self, states: Sequence[WorldState], step: int) -> Tensor:
-        shape = (self.codec.config["latent_channels"], 1, self.size[0] // 8, self.size[1] // 8)
-        seed, frame = torch.tensor([[state.seed, state.frame] for state in states], device=self.arena.device).unbind(1)
-        return philox_normal(seed, frame, step, shape)
-
-    def _read_prompt(self, state: WorldState, prompt: str) -> None:
-        self.arena.read_prompt(state.row, self.text_encoder.encode([prompt]).to(self.arena.dtype))
-        state.prompt = prompt
-
-    def _silence(self, count: int) -> Any:
-        tokens = self.text_encoder.encode([""]).to(self.arena.dtype)
-        return self.transformer.embed_text(tokens.expand(count, -1, -1))
-
     def _action(self, state: WorldState, control: WorldControl) -> list[float]:
         """Which buttons are pressed; mouse movement to the side is paid out in turns."""
         pressed = {self.key_map[key] for key in control.keys}
-        state.turn += control.mouse[0]
+        limit = MOST_TURNS_OWED * self.pixels_per_turn
+        state.turn = max(-limit, min(limit, state.turn + control.mouse[0]))
         if abs(state.turn) >= self.pixels_per_turn:
             pressed.add("TURN_RIGHT" if state.turn > 0 else "TURN_LEFT")
             state.turn -= self.pixels_per_turn * (1 if state.turn > 0 else -1)

@@ -150,6 +150,9 @@ class Session(Generic[State, ControlT]):
         """
         control = control_from(snapshot.control, snapshot.kind, self._control)
         unread = None if snapshot.unread is None else control_from(snapshot.unread, snapshot.kind, self._control)
+        for restored in (control, unread):
+            if restored is not None:
+                self.pipeline.check(restored)
         with self._owning:
             self._check_open()
             state = self.pipeline.load(snapshot.leaves)

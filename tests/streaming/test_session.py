@@ -295,3 +295,15 @@ def test_metrics_count_what_was_drawn(toy):
     assert 0.01 <= figures["step_p50"] < 0.1
     assert figures["time_to_first_frame"] >= 0.01
     assert 20 < figures["fps"] <= 200
+
+
+def test_a_snapshot_whose_controls_the_pipeline_refuses_is_not_restored(toy, seeded):
+    session = Session(toy(), WorldControl("allowed"), generator=seeded())
+    before = session.step()[0].data
+    session.reset()
+    snapshot = session.snapshot()
+    snapshot.control["prompt"] = "forbidden"
+    with pytest.raises(ValueError, match="nothing forbidden"):
+        session.restore(snapshot)
+    assert session.control.prompt == "allowed"
+    assert session.step()[0].data.shape == before.shape
