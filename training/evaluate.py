@@ -219,7 +219,9 @@ def _long(pipe: WorldPipeline, names: Sequence[str], sizes: Sizes, out: Path, se
             mine[None].numpy(),
             out / f"long_{kind}.png",
             rows=[f"{kind} keys, after {sizes.long_frames} frames ({sizes.long_frames / RATE:.0f} s)"],
-            columns=[name[:16] for name in names],
+            columns=[
+                name if len(name) < 17 else f"{name[:7]}..{name[-7:]}" for name in names
+            ],  # the ends tell them apart
         )
     return report
 
