@@ -54,16 +54,18 @@ class PackedModelMixin(ModelMixin):
             return cls._from_packed(path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model, info = loaded
         _check_names(cls, pretrained_model_name_or_path, info["missing_keys"], ())
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
     @classmethod
     def _from_packed(cls, path: Path, kwargs: dict[str, Any]) -> Self:
         config = path.with_name("config.json")
         if not config.is_file():
             raise FileNotFoundError(f"{path} has no config.json beside it; fetch the whole folder again")
-        model = cls.from_config(json.loads(config.read_text(encoding="utf-8")))
+        config_class: Any = cls  # every packed model is a ConfigMixin too
+        model = config_class.from_config(json.loads(config.read_text(encoding="utf-8")))
         stored, wanted = unpack_file(path), model.state_dict()
         misfits = {name for name in stored.keys() & wanted.keys() if stored[name].shape != wanted[name].shape}
         _check_names(cls, path, wanted.keys() - stored.keys() | misfits, stored.keys() - wanted.keys())

@@ -149,10 +149,11 @@ class WorldPipeline(FrameDrawer):
             self.check(WorldControl(prompt, keys=held))
         frames: list[Tensor] = []
         with self.stream(prompt, generator=generator, **settings) as session:
-            for number in self.progress_bar(range(num_frames)):
+            progress_bar: Any = self.progress_bar  # accelerate's wrapper hides its signature from type checkers
+            for number in progress_bar(range(num_frames)):
                 session.steer(keys=script[number] if number < len(script) else frozenset())
                 (chunk,) = session.step()
-                frames.append(session.state.latents if output_type == "latent" else chunk.data[0])
+                frames.append(_latents(session.state) if output_type == "latent" else chunk.data[0])
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, number, 0, {"frame": chunk.data[0]})
         clip = _as_output(frames, output_type)
@@ -298,6 +299,12 @@ def _pressed(held: Keys) -> frozenset[str]:
     if held is None:
         return frozenset()
     return frozenset([held] if isinstance(held, str) else held)
+
+
+def _latents(state: WorldState | None) -> Tensor:
+    assert state is not None, "a session that has stepped has a state"
+    assert state.latents is not None, "and that state a frame"
+    return state.latents
 
 
 def _as_output(frames: Sequence[Tensor], output_type: str) -> Any:

@@ -102,7 +102,8 @@ class FrameDrawer(DiffusionPipeline):
         return self.codec.decode(latents.to(self.arena.dtype)).float()
 
     def _flow(self, latents: Tensor, sigma: float, text: TextKeys, chunk: KVChunk, actions: Tensor) -> Tensor:
-        timestep = torch.full((latents.shape[0], 1), self.scheduler.timestep(sigma), device=latents.device)
+        level = torch.full((latents.shape[0], 1), sigma, device=latents.device)
+        timestep = self.scheduler.timestep(level)
         (flow,) = self.transformer(
             latents.to(self.arena.dtype),
             timestep,
