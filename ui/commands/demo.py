@@ -9,7 +9,7 @@ from ..keys import KeyScript
 from ..world import check_recording, load_world, positive_seconds, record
 from .run import add_world_options
 
-PROMPTS = ("a brick corridor with soldiers", "a green slime arena with medkits")
+PROMPTS = ("a tan brick hall with pink worms and demons", "a green slime arena with medkits")
 WALK = (
     "KeyW*24 KeyW+ArrowLeft*10 KeyW*16 Space*6 -*4 KeyW+ArrowRight*14 KeyW*20 ArrowRight*8 KeyW+Space*8 KeyD*8 "
     "KeyW*18 KeyW+ArrowLeft*16 KeyA*8 KeyW*12 -*3"
