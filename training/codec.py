@@ -21,7 +21,7 @@ from ..models.frame_codec import FrameAutoencoder
 from .dataset import Episodes
 from .trainer import Batch, Budget, Trainer
 
-LATENT_NOISE = 0.05
+LATENT_NOISE = 0.02
 
 
 class CodecObjective(nn.Module):
