@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..streaming import Session
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-FAR_FROM_EVERY_WORLD = 0.8  # similarity below which a prompt is answered with its world; 95 % of new phrasings lie above
+FAR_FROM_EVERY_WORLD = 0.8  # similarity below which a prompt is told its world; 95 % of new phrasings lie above
 VIDEO_SCALE = 4  # recordings are enlarged, since players blur a thumbnail
 
 
