@@ -31,7 +31,8 @@ class PackedModelMixin(ModelMixin):
         """Write `config.json` and packed weights into `directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.save_config(directory)
+        config = {name: value for name, value in json.loads(self.to_json_string()).items() if name != "_name_or_path"}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors: dict[str, Tensor] = {}
         for name, value in self.state_dict().items():
             value = value.detach().cpu()
