@@ -41,7 +41,7 @@ class FrameAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        latent_channels: int = 16,
+        latent_channels: int = 24,
         widths: tuple[int, int, int] = (48, 96, 160),
         encoder_blocks: tuple[int, int, int] = (1, 2, 1),
         decoder_blocks: tuple[int, int, int] = (2, 3, 2),

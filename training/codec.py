@@ -40,7 +40,7 @@ class CodecObjective(nn.Module):
         squared = error.square().mean()
         edges = sum((drawn.diff(dim=dim) - pictures.diff(dim=dim)).abs().mean() for dim in (-1, -2))
         size = (latents.float().square().mean() - 1).square()
-        loss = 2 * error.abs().mean() + 0.5 * edges + 20 * squared + 1e-3 * size
+        loss = 2 * error.abs().mean() + 0.5 * edges + 60 * squared + 1e-3 * size
         return loss, {"psnr": -10 * squared.detach().log10()}
 
 

@@ -35,6 +35,7 @@ class Budget:
     warmup_steps: int = 200
     ema_decay: float = 0.999
     checkpoint_minutes: float = 2.0
+    muon_scale: float = 2.0  # Muon's rate for hidden matrices, in units of `learning_rate`
 
     def __post_init__(self) -> None:
         if not self.minutes > 0:
@@ -46,6 +47,32 @@ class Budget:
         """Learning rate: linear warm-up in steps, then a cosine to 2 % over the time budget (`progress` 0 to 1)."""
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * decay
+
+
+def make_optimizers(objective: nn.Module, budget: Budget) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024, as in `torch.optim.Muon`) for matrices inside transformer blocks, AdamW for the rest.
+
+    An objective may slow or speed a part of itself: `objective.rates` maps prefixes of parameter names to factors.
+    """
+    rates: dict[str, float] = getattr(objective, "rates", {})
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            hidden = ".blocks." in name and parameter.ndim == 2
+            scale = next((factor for prefix, factor in rates.items() if name.startswith(prefix)), 1.0)
+            groups.setdefault((hidden, scale), []).append(parameter)
+    adam = [{"params": mine, "scale": scale} for (hidden, scale), mine in groups.items() if not hidden]
+    muon = [{"params": mine, "scale": scale * budget.muon_scale} for (hidden, scale), mine in groups.items() if hidden]
+    fused = any(parameter.is_cuda for parameter in objective.parameters())
+    decay = budget.weight_decay
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(adam, budget.learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=fused)
+    ]
+    if muon:
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"training needs torch 2.9 or newer (for torch.optim.Muon), got {torch.__version__}")
+        made.append(torch.optim.Muon(muon, budget.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return made
 
 
 class Trainer:
@@ -62,17 +89,14 @@ class Trainer:
         self.budget, self.accelerator = budget, accelerator
         self.objective = objective.to(accelerator.device)
         self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
-        fused = accelerator.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, budget.learning_rate, betas=(0.9, 0.95), weight_decay=budget.weight_decay, fused=fused
-        )
+        self.optimizers = make_optimizers(self.objective, budget)
         self.ema = EMAModel(self.parameters, decay=budget.ema_decay, foreach=True, use_ema_warmup=True)
         self.ema.to(accelerator.device)
         self.path = directory / "checkpoint.pt"
         self.step, self.seconds = 0, 0.0
         if self.path.is_file():
             self._resume()
-        self.wrapped, self.optimizer = accelerator.prepare(self.objective, self.optimizer)
+        self.wrapped, *self.optimizers = accelerator.prepare(self.objective, *self.optimizers)
 
     def fit(self, batch: Callable[[], Batch], *, title: str) -> None:
         """Train until the budget is spent, then leave the averaged weights in the objective.
@@ -91,8 +115,7 @@ class Trainer:
         steps = math.inf if self.budget.steps is None else self.budget.steps
         try:
             while progress < 1.0 and self.step < steps:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.budget.rate(self.step, progress)
+                self._set_rate(self.budget.rate(self.step, progress))
                 value, logs = self._update(batch())
                 if self.step % SYNC_STEPS == 0:
                     progress, loss = self._progress(begun), float(value)
@@ -119,14 +142,20 @@ class Trainer:
         """Compile before the clock starts; nothing is learnt."""
         loss, _ = self.wrapped(batch())
         self.accelerator.backward(loss)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.zero_grad(set_to_none=True)
+
+    def _set_rate(self, rate: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
 
     def _update(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, logs = self.wrapped(batch)
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.objective.zero_grad(set_to_none=True)
         self.ema.step(self.parameters)
         self.step += 1
         return loss.detach(), logs
@@ -145,7 +174,7 @@ class Trainer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": self.ema.shadow_params,
             "ema_step": self.ema.optimization_step,
             "step": self.step,
@@ -161,7 +190,8 @@ class Trainer:
             self.objective.load_state_dict(state["objective"])
         except RuntimeError as error:
             raise ValueError(f"{self.path} belongs to another model; choose another --out or remove it") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.ema.shadow_params = state["ema"]
         self.ema.optimization_step = state["ema_step"]
         self.step, self.seconds = state["step"], state["seconds"]

@@ -33,8 +33,8 @@ from .prompts import WORLDS, phrases
 from .trainer import Batch, Budget, Trainer
 
 FRAMES = 32
-WINDOW = Window(frames=24)
-CLEAN_SIGMA = 0.1
+WINDOW = Window(frames=16)
+CLEAN_SIGMA = 0.2
 CLEAN_WEIGHT = 0.2
 SPLICED = 0.12
 UNPROMPTED = 0.05
@@ -161,14 +161,14 @@ def encode_all(codec: FrameAutoencoder, episodes: Episodes, device: torch.device
 def world_transformer(
     latent_channels: int, actions: int, text_dim: int, grid: tuple[int, int]
 ) -> CausalTransformer3DModel:
-    """The shape of the embedded world: 6.3 M parameters, 48 tokens a frame at 96x128."""
+    """The shape of the embedded world: 5.8 M parameters, 48 tokens a frame at 96x128."""
     return CausalTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=64,
         in_channels=latent_channels,
         out_channels=latent_channels,
         text_dim=text_dim,
-        ffn_dim=896,
+        ffn_dim=768,
         num_layers=7,
         action_dim=actions,
         cross_attention_layers=(1, 4),
