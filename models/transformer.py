@@ -229,6 +229,7 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         window: Window | None = None,
         cache: KVChunk | None = None,
         mask: Tensor | BlockMask | None = None,
+        positions: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the flow v = noise - x0.
 
@@ -242,6 +243,7 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
             window: attend causally under this window; everything sees everything by default.
             mask: such a window's `mask` or `block_mask`, made once by the caller instead.
             cache: the open chunk of a `KVCache`: attend to the stream so far. The frames' positions come from it.
+            positions: int64 [F] or [B, F], each frame's place in its stream, where that is not its place in the tensor.
 
         Returns:
             [B, C_out, F, H, W], wrapped unless `return_dict=False`.
@@ -260,7 +262,10 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         temb, modulation = self.embed_time(timestep, actions, x.dtype)
         if window is not None:
             mask = window.mask(frames, height * width, x.device)
-        context = Context(self.rotary(frames, height, width, x.device, cache), mask, cache)
+        if positions is None:
+            positions = torch.arange(frames, device=x.device) if cache is None else cache.positions
+        rotary = rotary_angles(positions, height, width, self.config["attention_head_dim"])
+        context = Context(rotary, mask, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, text_keys[layer], layer, context)
         shift, scale = (self.scale_shift_table + temb.float()[:, :, None]).unbind(2)
@@ -293,10 +298,3 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         if actions is not None:
             temb = temb + self.action_embedder(actions.to(dtype))
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
-
-    def rotary(
-        self, frames: int, height: int, width: int, device: torch.device, cache: KVChunk | None
-    ) -> tuple[Tensor, Tensor]:
-        """Angles of every token, computed once for all blocks."""
-        positions = torch.arange(frames, device=device) if cache is None else cache.positions
-        return rotary_angles(positions, height, width, self.config["attention_head_dim"])
