@@ -1,7 +1,17 @@
 """Tensor operations and nothing else: a folder each, with a PyTorch reference and, where it pays, a Triton kernel."""
 
 from .attention import attend, merge
+from .linear_attention import linear_attend
 from .noise import philox_normal, philox_uniform
 from .rotary import apply_rotary, rotary_angles, shift_frames
 
-__all__ = ["apply_rotary", "attend", "merge", "philox_normal", "philox_uniform", "rotary_angles", "shift_frames"]
+__all__ = [
+    "apply_rotary",
+    "attend",
+    "linear_attend",
+    "merge",
+    "philox_normal",
+    "philox_uniform",
+    "rotary_angles",
+    "shift_frames",
+]
