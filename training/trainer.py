@@ -35,7 +35,7 @@ class Budget:
     warmup_steps: int = 200
     ema_decay: float = 0.999
     checkpoint_minutes: float = 2.0
-    muon_scale: float = 2.0  # Muon's rate for hidden matrices, in units of `learning_rate`
+    muon_scale: float = 2.0  # Muon's rate for hidden matrices, in units of `learning_rate`; 0 leaves them to AdamW
 
     def __post_init__(self) -> None:
         if not self.minutes > 0:
@@ -58,7 +58,7 @@ def make_optimizers(objective: nn.Module, budget: Budget) -> list[torch.optim.Op
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            hidden = ".blocks." in name and parameter.ndim == 2
+            hidden = budget.muon_scale > 0 and ".blocks." in name and parameter.ndim == 2
             scale = next((factor for prefix, factor in rates.items() if name.startswith(prefix)), 1.0)
             groups.setdefault((hidden, scale), []).append(parameter)
     adam = [{"params": mine, "scale": scale} for (hidden, scale), mine in groups.items() if not hidden]

@@ -63,20 +63,8 @@ class WorldObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         clean = batch["latents"].movedim(1, 2).float()
-        sigma, weight = noise_levels(clean.shape[0], clean.shape[2], clean.device)
-        noise = torch.randn_like(clean)
-        level = sigma[:, None, :, None, None]
-        text, meaning = self.read(batch)
-        (flow,) = self.transformer(
-            (1 - level) * clean + level * noise,
-            sigma * 1000,
-            actions=batch["actions"],
-            text_keys=self.keys_per_frame(text, batch["after"]),
-            mask=self.mask(clean),
-            return_dict=False,
-        )
-        error = (flow.float() - (noise - clean)).square().mean(dim=(1, 3, 4))
-        loss = (error * weight).mean()
+        tokens, meaning = self.read(batch)
+        loss = flow_loss(self.transformer, clean, batch["actions"], tokens, batch["after"], self.mask(clean))
         return loss + 0.05 * meaning, {"flow": loss.detach(), "words": meaning.detach()}
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -91,10 +79,54 @@ class WorldObjective(nn.Module):
         meaning = F.cross_entropy(similarity / 0.1, worlds, ignore_index=-1, reduction="sum")
         return tokens[:count], meaning / (worlds >= 0).sum().clamp_min(1)
 
-    def keys_per_frame(self, tokens: Tensor, after: Tensor) -> list[tuple[Tensor, ...]]:
-        """Keys of each window's two prompts, dealt out to its frames: [B F, S, H, d]."""
-        pairs = torch.arange(after.shape[0], device=after.device)[:, None] * 2 + after.long()
-        return [tuple(key[pairs.flatten()] for key in keys) for keys in self.transformer.embed_text(tokens)]
+
+def flow_loss(
+    transformer: CausalTransformer3DModel,
+    clean: Tensor,
+    actions: Tensor,
+    tokens: Tensor,
+    after: Tensor,
+    mask: Tensor | BlockMask,
+) -> Tensor:
+    """How badly the flow of noised `clean` [B, C, F, h, w] is predicted, with a noise level per frame.
+
+    `tokens` [2 B, S, D] of each window's two prompts, `after` bool [B, F]: which of the two a frame belongs to.
+    """
+    sigma, weight = noise_levels(clean.shape[0], clean.shape[2], clean.device)
+    noise = torch.randn_like(clean)
+    flow = predict_flow(transformer, noised(clean, noise, sigma), sigma, actions, tokens, after, mask)
+    error = (flow - (noise - clean)).square().mean(dim=(1, 3, 4))
+    return (error * weight).mean()
+
+
+def predict_flow(
+    transformer: CausalTransformer3DModel,
+    noisy: Tensor,
+    sigma: Tensor,
+    actions: Tensor,
+    tokens: Tensor,
+    after: Tensor,
+    mask: Tensor | BlockMask,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Flow [B, C, F, h, w], float32, of frames at the levels `sigma` [B, F], each under its own prompt."""
+    keys = keys_per_frame(transformer, tokens, after)
+    (flow,) = transformer(
+        noisy, sigma * 1000, actions=actions, text_keys=keys, mask=mask, positions=positions, return_dict=False
+    )
+    return flow.float()
+
+
+def keys_per_frame(transformer: CausalTransformer3DModel, tokens: Tensor, after: Tensor) -> list[tuple[Tensor, ...]]:
+    """Keys of each window's two prompts, dealt out to its frames: [B F, S, H, d]."""
+    pairs = torch.arange(after.shape[0], device=after.device)[:, None] * 2 + after.long()
+    return [tuple(key[pairs.flatten()] for key in keys) for keys in transformer.embed_text(tokens)]
+
+
+def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Frames [B, C, F, h, w] at the levels `sigma` [B, F]."""
+    level = sigma[:, None, :, None, None]
+    return (1 - level) * clean + level * noise
 
 
 def noise_levels(batch: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -104,11 +104,11 @@ def test_an_unprompted_window_is_silent_and_of_no_world(episodes, monkeypatch):
 
 def test_each_frame_attends_to_the_prompt_of_its_side_of_the_splice():
     encoder = tiny_encoder()
-    objective = recipe.WorldObjective(tiny_transformer(4, 3, 8, (2, 2)), encoder)
+    transformer = tiny_transformer(4, 3, 8, (2, 2))
     tokens = encoder.encode(["a maze", "a pool", "a hall", "a pit"])
     after = torch.tensor([[False, True, True], [False, False, True]])
-    keys = objective.keys_per_frame(tokens, after)
-    expected = objective.transformer.embed_text(tokens[[0, 1, 1, 2, 2, 3]])
+    keys = recipe.keys_per_frame(transformer, tokens, after)
+    expected = transformer.embed_text(tokens[[0, 1, 1, 2, 2, 3]])
     assert [len(layer) for layer in keys] == [2, 0]
     for seen, wanted in zip(keys[0], expected[0], strict=True):
         torch.testing.assert_close(seen, wanted)

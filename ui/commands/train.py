@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-RECIPES = {"data": "make episodes to learn from", "codec": "train the autoencoder", "world": "train the world model"}
+RECIPES = {
+    "data": "make episodes to learn from",
+    "codec": "train the autoencoder",
+    "world": "train the world model",
+    "distill": "make it draw in two steps",
+}
 USAGE = f"""usage: millstream train RECIPE ...
 
 {chr(10).join(f"  {name:8}{what}" for name, what in RECIPES.items())}
