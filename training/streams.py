@@ -41,7 +41,7 @@ class Streams:
 
     A batch holds, for F frames (`CONTEXT` + `NEW`, or `NEW` alone for streams that began from nothing):
     `latents` [B, F, C, h, w] finished frames; `noisy` [B, NEW, C, h, w] and `level` [B], what one of the sampler's
-    steps saw of the new ones; `actions` [B, F, A]; `tokens` [B, 2, S, D] and `after` bool [B, F], as `flow_loss` has them.
+    steps saw of the new ones; `actions` [B, F, A]; `tokens` [B, 2, S, D] and `after` bool [B, F], as in `flow_loss`.
     """
 
     def __init__(
