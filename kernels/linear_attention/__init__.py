@@ -87,49 +87,58 @@ def linear_attend(
     g = _log_decay(q, block, decay, gate, dtype)
     if normalize == "channel":
         k, g, norm = _additive(k, norm, block)
-        out, kv = _run(q, k, v, g, kv, block)
-    elif normalize == "query":
-        out, kv = _run(q, k, v, g, kv, block)
+    if normalize == "query":
+        above, kv = _run(q, k, v, g, kv, block, dtype)
         q, k = unrotated or (q, k)
-        divisor, total = _run(q, k, v.new_ones(1).expand(*v.shape[:3], 1), g, norm.unsqueeze(-1), block)
-        out, norm = out / (divisor + eps), total.squeeze(-1)
+        below, total = _run(q, k, v.new_ones(1).expand(*v.shape[:3], 1), g, norm.unsqueeze(-1), block, dtype)
+        out, norm = (above / (below + eps)).to(v.dtype), total.squeeze(-1)
     else:
-        out, kv = _run(q, k, v, g, kv, block)
-    return out.to(v.dtype), LinearState(kv, norm)
+        out, kv = _run(q, k, v, g, kv, block, v.dtype)
+    return out, LinearState(kv, norm)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Out and state in the state's dtype, by the fastest form there is."""
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Out in `dtype` and the state, by the fastest form there is."""
     inputs = (q, k, v, g, state)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     by_kernel = runs_triton(q) and state.dtype == torch.float32 and (block == 1 or block >= HEAD_CHUNK)
     if by_kernel and not wants_gradient:
-        return torch.ops.millstream.linear_attention(q, k, v, g, state, block)
-    return in_pytorch(q, k, v, g, state, block)
+        return torch.ops.millstream.linear_attention(q, k, v, g, state, block, dtype)
+    return _in_pytorch(q, k, v, g, state, block, dtype)
 
 
-def in_pytorch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _in_pytorch(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Scores inside chunks where blocks are small; where they are frames the recurrence alone costs less."""
-    return (chunked if block < HEAD_CHUNK else recurrent)(q, k, v, g, state, block)
+    out, state = (chunked if block < HEAD_CHUNK else recurrent)(q, k, v, g, state, block)
+    return out.to(dtype), state
 
 
 @torch.library.custom_op(
     "millstream::linear_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor state, int block) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor state, int block, ScalarType dtype) -> (Tensor, Tensor)",
 )
-def _operator(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What `torch.compile` and CUDA graphs see."""
     if not runs_triton(q):
-        out, state = in_pytorch(q, k, v, g, state, block)
+        out, state = _in_pytorch(q, k, v, g, state, block, dtype)
         return out.contiguous(), state.contiguous()
     from .triton import linear_attention_triton
 
-    return linear_attention_triton(q, k, v, g, state, block)
+    return linear_attention_triton(q, k, v, g, state, block, dtype)
 
 
 @_operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape, dtype=state.dtype), state.new_empty(state.shape)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape, dtype=dtype), state.new_empty(state.shape)
 
 
 def _beginning(q: Tensor, v: Tensor, dtype: torch.dtype, normalize: Normalize) -> LinearState:

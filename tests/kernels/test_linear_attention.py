@@ -1,4 +1,4 @@
-"""Linear attention: three forms, one answer; a stream in parts equals the whole; methods equal their papers' formulas."""
+"""Linear attention: three forms, one answer; parts of a stream equal the whole; methods equal their formulas."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_parts_of_a_stream_equal_the_whole(data):
     options = {"block": block, "normalize": normalize, "decay": decay}
     expected, last = linear_attend(q, k, v, gate=gate, **options)
     outs, state, at = [], None, 0
-    for size in data.draw(st.lists(st.integers(0, blocks), max_size=5)) + [blocks]:
+    for size in [*data.draw(st.lists(st.integers(0, blocks), max_size=5)), blocks]:
         end = min(at + size, blocks)
         part = slice(at * block, end * block)
         gate_part = None if gate is None else gate[:, at:end]
@@ -225,7 +225,7 @@ def test_the_state_given_is_not_written_to():
 def test_the_operator_passes_pytorchs_own_checks_and_compiles():
     for block, g in ((1, None), (65, -draw(1, 2, 1, 3, 4).abs().float()), (1, -draw(1, 2, 65, 3, 1).abs().float())):
         q, k, v = inputs(65, dtype=torch.float32)
-        arguments = (q, k, v, g, draw(7, 2, 3, 4, 5, dtype=torch.float32), block)
+        arguments = (q, k, v, g, draw(7, 2, 3, 4, 5, dtype=torch.float32), block, torch.float32)
         torch.library.opcheck(torch.ops.millstream.linear_attention, arguments)
     q, k, v = inputs(12, dtype=torch.float32)
     compiled = torch.compile(linear_attend, backend="aot_eager", fullgraph=True)
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused_with_what_was_seen_and_wanted():
         linear_attend(q, k, v, decay=torch.tensor([1.0, 0.5, 1.5]))
     with pytest.raises(ValueError, match=r"gate must be .* \[2, 2, 3, 4\], got \[2, 6, 3\]"):
         linear_attend(q, k, v, block=3, gate=torch.zeros(2, 6, 3))
-    with pytest.raises(ValueError, match="at most 0 .* got up to 0.25"):
+    with pytest.raises(ValueError, match=r"at most 0 .* got up to 0.25"):
         linear_attend(q, k, v, gate=torch.full((2, 6, 3), 0.25))
     with pytest.raises(ValueError, match="leave decay and gate out"):
         linear_attend(q, k, v, normalize="channel", decay=torch.ones(3))
