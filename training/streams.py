@@ -60,7 +60,7 @@ class Streams:
         self.rows, self.batch_size, self.calls = rows, batch_size, 0
         self.dtype = torch.bfloat16 if latents.is_cuda else torch.float32
         self.actor = cast("CausalTransformer3DModel", CausalTransformer3DModel.from_config(student.config))
-        self.actor.to(device, self.dtype).eval()
+        self.actor.to(device=device, dtype=self.dtype).eval()  # pyright: ignore[reportCallIssue]  (wrapped overloads)
         self.actions, self.world = episodes.actions.to(device), episodes.world.to(device)
         self.held_out = episodes.held_out.to(device)
         self.starts = episodes.windows(FRAMES, "train").to(device)
