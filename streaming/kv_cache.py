@@ -11,95 +11,36 @@ waits for the device. Row counters live twice, on the device for the index arith
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from ..kernels import shift_frames
+from .kv_chunk import KVChunk, KVView, Places, Rows
+from .window import Window
 
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Who sees whom: the one rule behind the training mask and behind the cache.
-
-    Frames come in blocks of `block`, which see each other whole. A block sees the blocks before it as far as `frames`
-    frames reach, counted with the block itself and with the first `sinks` frames of the stream, which stay for ever.
-    """
-
-    frames: int
-    sinks: int = 0
-    block: int = 1
-
-    def __post_init__(self) -> None:
-        if self.block < 1 or self.sinks < 0 or self.frames < self.sinks + self.block:
-            raise ValueError(
-                f"a window needs block >= 1, sinks >= 0 and frames >= sinks + block; got frames={self.frames}, "
-                f"sinks={self.sinks}, block={self.block}"
-            )
-
-    def visible(self, query: Tensor, key: Tensor) -> Tensor:
-        """Bool, broadcast from integer frame indices `query` and `key`: may that query frame see that key frame?"""
-        block_end = query - query % self.block + self.block - 1
-        recent = key > block_end - (self.frames - self.sinks)
-        return (key <= block_end) & (recent | (key < self.sinks))
-
-    def mask(self, num_frames: int, tokens_per_frame: int, device: torch.device | str | None = None) -> Tensor:
-        """Bool [L, L] for a whole sequence of `num_frames * tokens_per_frame` tokens."""
-        frame = torch.arange(num_frames, device=device).repeat_interleave(tokens_per_frame)
-        return self.visible(frame[:, None], frame[None, :])
-
-    def block_mask(self, num_frames: int, tokens_per_frame: int, device: torch.device) -> BlockMask:
-        """The same mask for FlexAttention, which skips what it hides."""
-        length = num_frames * tokens_per_frame
-
-        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return self.visible(query // tokens_per_frame, key // tokens_per_frame)
-
-        return create_block_mask(visible, None, None, length, length, device=device)
+__all__ = ["FullPrecision", "KVCache", "KVChunk", "KVView", "Rows", "Window"]
 
 
 class FullPrecision:
     """Storage policy: keys and values as the model computes them.
 
     A quantised policy keeps the same three methods: `allocate` returns whatever tensors it needs (values and scales).
+    `reads_views` says whether `read` gives a live view of neighbouring rows, so that it need not be asked again.
     """
+
+    reads_views: ClassVar[bool] = True
 
     def allocate(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
 
-    def write(self, store: Tensor, layer: int, rows: Tensor, slots: Tensor, value: Tensor) -> None:
-        """`value` [B, n, H, D] into token slots [B, n] of `rows` [B, 1]."""
-        store[layer][rows, slots] = value.to(store.dtype)
+    def write(self, store: Tensor, layer: int, places: Places, value: Tensor) -> None:
+        """`value` [B, n, H, D] into the chunk's places."""
+        places.put(store[layer], value.to(store.dtype))
 
     def read(self, store: Tensor, layer: int, rows: Rows, length: int) -> Tensor:
         """[B, length, H, D]; a view where the rows are neighbours."""
         return rows.take(store[layer])[:, :length]
-
-
-class Rows:
-    """Which rows of an arena take part: a slice where they are neighbours (no copy), an index where they are not."""
-
-    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
-        self.host = list(rows)
-        first = self.host[0]
-        self.neighbours = self.host == list(range(first, first + len(self.host)))
-        self.index = torch.tensor(self.host, device=device)
-
-    def take(self, arena: Tensor, dim: int = 0) -> Tensor:
-        if self.neighbours:
-            return arena.narrow(dim, self.host[0], len(self.host))
-        return arena.index_select(dim, self.index)
-
-
-class KVView(NamedTuple):
-    """What one layer attends to: `k`, `v` [B, K, H, D]; `mask` bool [B, 1, 1, K], or None where all are visible."""
-
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
 
 
 class KVCache:
@@ -219,82 +160,3 @@ class KVCache:
         self.counts[row] = int(saved["count"])
         self.reached[row] = int(saved.get("reached", saved["count"]))
         self.frames[row] = self.counts[row]
-
-
-class KVChunk:
-    """The chunk being drawn: a scratch place in the ring that every pass overwrites until `commit` makes it context.
-
-    Attributes:
-        positions: int64 [B, num_frames], the index of each frame in its stream.
-    """
-
-    def __init__(self, cache: KVCache, rows: Rows, num_frames: int) -> None:
-        self.cache, self.rows, self.num_frames = cache, rows, num_frames
-        window, tokens = cache.window, cache.tokens_per_frame
-        self.positions = rows.take(cache.frames)[:, None] + torch.arange(num_frames, device=cache.device)
-        slots = torch.where(
-            self.positions < window.sinks, self.positions, window.sinks + (self.positions - window.sinks) % cache.ring
-        )
-        self._slots = _tokens(slots, tokens)
-        ends = [cache.counts[row] + num_frames for row in rows.host]
-        capacity = window.sinks + cache.ring
-        self._length = min(max(ends), capacity) * tokens
-        same_fill = len(set(ends)) == 1 or min(ends) >= capacity
-        hides_none = cache.spare == 0 or max(ends) <= window.frames
-        self._mask = None if same_fill and hides_none else self._visible_slots()
-        if cache.position == "sink" and max(ends) + cache.spare > window.frames:
-            self._turn_sinks()
-
-    def _visible_slots(self) -> Tensor:
-        """Bool [B, 1, 1, K]: which slots hold a frame that this chunk may see."""
-        window, ring = self.cache.window, self.cache.ring
-        end = self.positions[:, -1:]
-        slot = torch.arange(self._length // self.cache.tokens_per_frame, device=self.cache.device)[None]
-        newest = end - (end - slot) % ring  # a ring slot holds the newest frame that is equal to it modulo the ring
-        frame = torch.where(slot < window.sinks, slot, newest)
-        recent = frame > end - (window.frames - window.sinks)
-        visible = (frame <= end) & (recent | (slot < window.sinks)) & (frame >= slot.clamp_max(window.sinks))
-        return visible.repeat_interleave(self.cache.tokens_per_frame, dim=1)[:, None, None]
-
-    def _turn_sinks(self) -> None:
-        """Sinks move by as much as the window has moved past them: sink i then stands at window start - sinks + i."""
-        cache = self.cache
-        delta = (self.positions[:, -1] + 1 - cache.window.frames).clamp_min(0)
-        slots = torch.arange(cache.sink_k.shape[2], device=cache.device)[None]
-        for layer, sink_k in enumerate(cache.sink_k):
-            turned = shift_frames(self.rows.take(sink_k), delta)
-            cache.storage.write(cache.k, layer, self.rows.index[:, None], slots, turned)
-
-    def attend_view(self, layer: int, k: Tensor, v: Tensor) -> KVView:
-        """Context plus this chunk's `k` (rotated to `positions`) and `v`, [B, num_frames * tokens_per_frame, H, D]."""
-        cache, storage = self.cache, self.cache.storage
-        rows = self.rows.index[:, None]
-        storage.write(cache.k, layer, rows, self._slots, k)
-        storage.write(cache.v, layer, rows, self._slots, v)
-        if cache.position == "sink":
-            self._keep_sinks(layer, k)
-        return KVView(
-            storage.read(cache.k, layer, self.rows, self._length),
-            storage.read(cache.v, layer, self.rows, self._length),
-            self._mask,
-        )
-
-    def _keep_sinks(self, layer: int, k: Tensor) -> None:
-        """Sink keys are kept as they were first rotated, so that turning them never adds up rounding."""
-        tokens = self.cache.tokens_per_frame
-        for item, row in enumerate(self.rows.host):
-            first = self.cache.counts[row]
-            kept = (min(first + self.num_frames, self.cache.window.sinks) - first) * tokens
-            if kept > 0:
-                self.cache.sink_k[layer, row, first * tokens : first * tokens + kept] = k[item, :kept]
-
-    def commit(self) -> None:
-        """What the last pass wrote becomes context; the ring head advances."""
-        for row in self.rows.host:
-            self.cache.counts[row] += self.num_frames
-        self.cache.frames.index_add_(0, self.rows.index, torch.full_like(self.rows.index, self.num_frames))
-
-
-def _tokens(slots: Tensor, tokens_per_frame: int) -> Tensor:
-    """Frame slots [B, n] as token slots [B, n * tokens_per_frame]."""
-    return (slots[..., None] * tokens_per_frame + torch.arange(tokens_per_frame, device=slots.device)).flatten(1)
