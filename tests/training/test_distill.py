@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from millstream.models.frame_codec import FrameAutoencoder
 from millstream.models.text_encoder import ByteTextEncoder
 from millstream.models.transformer import CausalTransformer3DModel
+from millstream.pipelines.world import WorldPipeline
 from millstream.samplers import FlowSampler
-from millstream.training import distill, streams
+from millstream.training import distill, pack, streams
 from millstream.training.trainer import Budget
 from millstream.training.world import FRAMES
 
@@ -132,8 +134,6 @@ def test_a_student_equal_to_its_critic_and_teacher_stays_where_it_is(student, en
 
 
 def test_trains_and_saves_what_loads(student, encoder, episodes, tmp_path, shards):
-    from millstream.models.frame_codec import FrameAutoencoder
-
     world = tmp_path / "world"
     student.save_pretrained(world / "transformer")
     encoder.save_pretrained(world / "text_encoder")
@@ -147,3 +147,17 @@ def test_trains_and_saves_what_loads(student, encoder, episodes, tmp_path, shard
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert all(value.isfinite().all() for value in after.values())
     assert (out / "text_encoder" / "config.json").is_file()
+
+
+def test_packs_what_was_trained_into_a_pipeline_that_draws(student, encoder, episodes, tmp_path, shards):
+    world, out = tmp_path / "world", tmp_path / "packed"
+    student.save_pretrained(world / "transformer")
+    encoder.save_pretrained(world / "text_encoder")
+    codec = FrameAutoencoder(latent_channels=4, widths=(8, 8, 8), encoder_blocks=(0, 0, 0), decoder_blocks=(0, 0, 0))
+    codec.save_pretrained(tmp_path / "codec")
+    words = ["--data", shards, "--codec", tmp_path / "codec", "--world", world, "--out", out, "--context-sigma", "0.05"]
+    pack.main([str(word) for word in words])
+    pipe = WorldPipeline.from_pretrained(out)
+    assert pipe.scheduler.config["context_sigma"] == 0.05
+    assert pipe.buttons == ["LEFT", "RIGHT", "ATTACK"]
+    assert pipe(pipe.worlds[0], num_frames=2, output_type="pt").frames.shape == (2, 3, 32, 32)

@@ -10,6 +10,7 @@ RECIPES = {
     "codec": "train the autoencoder",
     "world": "train the world model",
     "distill": "make it draw in two steps",
+    "pack": "put codec and world into one small folder",
 }
 USAGE = f"""usage: millstream train RECIPE ...
 
