@@ -1,0 +1,177 @@
+"""What stands between the matrix products of a transformer block, each in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import operators, reference
+from .reference import LARGEST
+
+__all__ = ["Quantized", "gate_residual", "norm_modulate", "norm_rotary", "quantize_rows", "quantized_linear"]
+
+
+class Quantized(NamedTuple):
+    """Rows of small numbers: `values * scale`, values int8 or float8_e4m3fn [..., K], scale float32 [..., 1]."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def norm_rotary(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    eps: float = 1e-6,
+    permutation: Tensor | None = None,
+) -> Tensor:
+    """Queries or keys ready for attention: RMSNorm over all heads together, then Wan's rotary embedding.
+
+    Args:
+        x: a projection [B, L, heads * D], any floating dtype. Arithmetic is in float32, rounded once.
+        weight: [heads * D], the norm's.
+        cos, sin: from `rotary_angles`, [L, D // 2] or [B, L, D // 2]; a size of 1 broadcasts.
+        eps: added to the mean square.
+        permutation: int64 or int32 [L], the order in which tokens are written: `out[:, i]` is token `permutation[i]`,
+            at its own position. For plans that sort tokens into tiles, at no extra cost.
+
+    Returns:
+        [B, L, heads, D] in `x`'s dtype, contiguous.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if x.ndim != 3 or x.shape[-1] % (2 * heads) or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"norm_rotary wants x [B, L, W] and weight [W] with W = heads * D and an even D, got x {list(x.shape)}, "
+            f"weight {list(weight.shape)} and heads={heads}"
+        )
+    full = (x.shape[0], x.shape[1], x.shape[2] // heads // 2)
+    fits = all(a in (1, b) for a, b in zip(cos.shape[-2::-1], full[1::-1], strict=False))
+    if cos.shape != sin.shape or cos.ndim not in (2, 3) or cos.shape[-1] != full[-1] or not fits:
+        raise ValueError(
+            f"cos and sin must both be [L, D // 2] or [B, L, D // 2] with [B, L, D // 2] = {list(full)}, "
+            f"got {list(cos.shape)} and {list(sin.shape)}"
+        )
+    if permutation is not None and permutation.shape != x.shape[1:2]:
+        raise ValueError(f"permutation must name every token once, [L] = [{x.shape[1]}], got {list(permutation.shape)}")
+    run = _choose(operators.norm_rotary, reference.norm_rotary_reference, x, weight, cos, sin)
+    return run(x, weight, cos, sin, heads, eps, permutation)
+
+
+def norm_modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Adaptive layer norm (DiT, arXiv:2212.09748): LayerNorm(x) (1 + scale) + shift.
+
+    Args:
+        x: [B, L, W], any floating dtype. Arithmetic is in float32, rounded once.
+        shift, scale: [B, G, W], for G equal groups of neighbouring tokens (1, the frames or the tokens).
+        weight, bias: [W], of the norm itself.
+        eps: added to the variance.
+
+    Returns:
+        [B, L, W] in `x`'s dtype.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check_groups("shift", x, shift)
+    _check_groups("scale", x, scale)
+    if shift.shape != scale.shape:
+        raise ValueError(f"shift and scale must have one shape, got {list(shift.shape)} and {list(scale.shape)}")
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and part.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must be [W] = [{x.shape[-1]}], got {list(part.shape)}")
+    run = _choose(operators.norm_modulate, reference.norm_modulate_reference, x, shift, scale, weight, bias)
+    return run(x, shift, scale, weight, bias, eps)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate y, where a branch joins the residual stream.
+
+    Args:
+        x, y: [B, L, W], any floating dtypes. Arithmetic is in float32, rounded once.
+        gate: [B, G, W], for G equal groups of neighbouring tokens.
+
+    Returns:
+        [B, L, W] in `x`'s dtype.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    _check_groups("gate", x, gate)
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, got {list(x.shape)} and {list(y.shape)}")
+    return _choose(operators.gate_residual, reference.gate_residual_reference, x, y, gate)(x, y, gate)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantized:
+    """Each row to `dtype` with a scale of its own, its largest magnitude mapped to 127 (int8) or 448 (float8_e4m3fn).
+
+    Weights [out, in] are quantised once and kept; activations as they come, inside `quantized_linear`.
+
+    Args:
+        x: [..., K], any floating dtype, finite. A row of zeros stays zeros.
+
+    Raises:
+        TypeError: another `dtype`.
+    """
+    if dtype not in LARGEST:
+        raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
+    return Quantized(*operators.quantize_rows(x.detach(), dtype))
+
+
+def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` by 8-bit products: activations are quantised by row, results scaled back by row and column.
+
+    There is no gradient: this is for inference with quantised weights.
+
+    Args:
+        x: [..., K], any floating dtype.
+        weight: [N, K] from `quantize_rows`; its dtype is the one that products are taken in.
+        bias: [N].
+
+    Returns:
+        [..., N] in `x`'s dtype. int8 sums are exact; float8 sums are in float32 (tensor cores keep about 14 bits).
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    values, scale = weight
+    if values.ndim != 2 or values.shape[1] != x.shape[-1] or scale.shape != (values.shape[0], 1):
+        raise ValueError(
+            f"the weight must be [N, K] = [N, {x.shape[-1]}] with scales [N, 1], "
+            f"got {list(values.shape)} and {list(scale.shape)}"
+        )
+    if bias is not None and bias.shape != values.shape[:1]:
+        raise ValueError(f"bias must be [N] = [{values.shape[0]}], got {list(bias.shape)}")
+    rows = operators.quantize_rows(x.detach().reshape(-1, x.shape[-1]), values.dtype)
+    return operators.quantized_product(*rows, values, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+
+def _choose(operator, in_pytorch, *tensors: Tensor | None):
+    """The operator, or PyTorch where a gradient or float64 is wanted, and on devices that the kernels do not serve."""
+    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    x = tensors[0]
+    assert x is not None, "the first tensor is the one that is worked on"
+    return in_pytorch if wants_gradient or not x.is_cuda or x.dtype == torch.float64 else operator
+
+
+def _check_groups(name: str, x: Tensor, part: Tensor) -> None:
+    if x.ndim != 3 or part.ndim != 3 or part.shape[::2] != x.shape[::2] or x.shape[1] % max(part.shape[1], 1):
+        raise ValueError(
+            f"{name} must be [B, G, W] for x [B, L, W], with G a divisor of L, "
+            f"got {list(part.shape)} for {list(x.shape)}"
+        )

@@ -1,0 +1,107 @@
+"""The fused ops as operators of PyTorch, so that `torch.compile` and CUDA graphs take them whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import runs_triton
+from . import reference
+
+
+@torch.library.custom_op(
+    "millstream::norm_rotary",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, int heads, float eps, Tensor? permutation) -> Tensor",
+)
+def norm_rotary(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+) -> Tensor:
+    if not runs_triton(x):
+        return reference.norm_rotary_reference(x, weight, cos, sin, heads, eps, permutation).contiguous()
+    from .triton import norm_rotary_triton
+
+    return norm_rotary_triton(x, weight, cos, sin, heads, eps, permutation)
+
+
+@norm_rotary.register_fake
+def _(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], heads, x.shape[2] // heads))
+
+
+@torch.library.custom_op(
+    "millstream::norm_modulate",
+    mutates_args=(),
+    schema="(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+)
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if not runs_triton(x):
+        return reference.norm_modulate_reference(x, shift, scale, weight, bias, eps).contiguous()
+    from .triton import norm_modulate_triton
+
+    return norm_modulate_triton(x, shift, scale, weight, bias, eps)
+
+
+@norm_modulate.register_fake
+def _(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "millstream::gate_residual", mutates_args=(), schema="(Tensor x, Tensor y, Tensor gate) -> Tensor"
+)
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    if not runs_triton(x):
+        return reference.gate_residual_reference(x, y, gate).contiguous()
+    from .triton import gate_residual_triton
+
+    return gate_residual_triton(x, y, gate)
+
+
+@gate_residual.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "millstream::quantize_rows", mutates_args=(), schema="(Tensor x, ScalarType dtype) -> (Tensor, Tensor)"
+)
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if not runs_triton(x):
+        values, scale = reference.quantize_rows_reference(x, dtype)
+        return values.contiguous(), scale.contiguous()
+    from .triton import quantize_rows_triton
+
+    return quantize_rows_triton(x, dtype)
+
+
+@quantize_rows.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "millstream::quantized_product",
+    mutates_args=(),
+    schema="(Tensor values, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) "
+    "-> Tensor",
+)
+def quantized_product(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if not runs_triton(values):
+        return reference.quantized_product_reference(values, scale, weight, weight_scale, bias, dtype)
+    from .triton_linear import quantized_product_triton
+
+    return quantized_product_triton(values, scale, weight, weight_scale, bias, dtype)
+
+
+@quantized_product.register_fake
+def _(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)

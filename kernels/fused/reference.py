@@ -1,0 +1,63 @@
+"""What stands between the matrix products of a transformer block, in plain PyTorch.
+
+Dimensions: B rows, L tokens, W channels, H heads of D channels (W = H * D), G groups of L / G tokens. Arithmetic is in
+float32, or float64 where the inputs are float64; results are rounded once, to the dtype of `x`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rotary.reference import apply_rotary_reference
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SMALLEST = 1e-12  # stands in for the largest magnitude of a row of zeros
+
+
+def norm_rotary_reference(
+    x_BLW: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+) -> Tensor:
+    """RMSNorm over all heads together, rotation of pairs of channels, then tokens in another order: [B, L, H, D]."""
+    x = _wide(x_BLW)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+    out = apply_rotary_reference(x.unflatten(-1, (heads, -1)), cos, sin)
+    return (out if permutation is None else out.index_select(1, permutation)).to(x_BLW.dtype)
+
+
+def norm_modulate_reference(
+    x_BLW: Tensor, shift_BGW: Tensor, scale_BGW: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """LayerNorm, then (1 + scale) and shift of the token's group: [B, L, W]."""
+    x = _wide(x_BLW)
+    weight, bias = (part if part is None else part.to(x.dtype) for part in (weight, bias))
+    normal = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps).unflatten(1, (shift_BGW.shape[1], -1))
+    out = normal * (1 + scale_BGW.to(x.dtype)).unsqueeze(2) + shift_BGW.to(x.dtype).unsqueeze(2)
+    return out.flatten(1, 2).to(x_BLW.dtype)
+
+
+def gate_residual_reference(x_BLW: Tensor, y_BLW: Tensor, gate_BGW: Tensor) -> Tensor:
+    """x + gate y with the gate of the token's group: [B, L, W]."""
+    x, y = (_wide(part).unflatten(1, (gate_BGW.shape[1], -1)) for part in (x_BLW, y_BLW))
+    return torch.addcmul(x, y.to(x.dtype), gate_BGW.to(x.dtype).unsqueeze(2)).flatten(1, 2).to(x_BLW.dtype)
+
+
+def quantize_rows_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values of `dtype` and scales float32 [..., 1], so that x is about values * scale."""
+    x = x.float()
+    most = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+    values = x * torch.full_like(most, LARGEST[dtype]).div(most)  # a number / a tensor would round twice
+    values = values.round() if dtype == torch.int8 else values
+    return values.to(dtype), most / LARGEST[dtype]
+
+
+def quantized_product_reference(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """values [M, K] times weight [N, K] transposed, scaled back by row and column, plus bias: [M, N]."""
+    out = values.float() @ weight.float().t() * scale * weight_scale.t()
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,205 @@
+"""The elementwise ops of a transformer block in Triton: one program per token, every value read and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import LARGEST, SMALLEST
+
+
+@triton.jit
+def _norm_rotary_kernel(
+    x,
+    weight,
+    cos,
+    sin,
+    order,
+    out,
+    x_row,
+    x_token,
+    cos_row,
+    cos_token,
+    tokens,
+    eps,
+    width: tl.constexpr,
+    half: tl.constexpr,
+    permuted: tl.constexpr,
+    pairs: tl.constexpr,
+):
+    to, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tl.load(order + to).to(tl.int64) if permuted else to.to(tl.int64)
+    pair = tl.arange(0, pairs)
+    place = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+    value = tl.load(x + row * x_row + token * x_token + place, mask=place < width, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(value * value, axis=1), axis=0) / width
+    value *= tl.rsqrt(mean + eps) * tl.load(weight + place, mask=place < width, other=0.0).to(tl.float32)
+    even, odd = tl.split(value)
+    turn = row * cos_row + token * cos_token + pair % half
+    c = tl.load(cos + turn, mask=2 * pair < width, other=0.0)
+    s = tl.load(sin + turn, mask=2 * pair < width, other=0.0)
+    turned = tl.join(even * c - odd * s, even * s + odd * c)
+    tl.store(out + (row * tokens + to) * width + place, turned.to(out.dtype.element_ty), mask=place < width)
+
+
+@triton.jit
+def _norm_modulate_kernel(
+    x,
+    shift,
+    scale,
+    weight,
+    bias,
+    out,
+    x_row,
+    x_token,
+    shift_row,
+    shift_group,
+    scale_row,
+    scale_group,
+    tokens,
+    group_size,
+    eps,
+    width: tl.constexpr,
+    weighted: tl.constexpr,
+    biased: tl.constexpr,
+    columns: tl.constexpr,
+):
+    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group = token // group_size
+    at = tl.arange(0, columns)
+    inside = at < width
+    value = tl.load(x + row * x_row + token.to(tl.int64) * x_token + at, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+    normal = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    if weighted:
+        normal *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if biased:
+        normal += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(scale + row * scale_row + group * scale_group + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(shift + row * shift_row + group * shift_group + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (row * tokens + token) * width + at, (normal * (1 + a) + b).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_residual_kernel(
+    x,
+    y,
+    gate,
+    out,
+    x_row,
+    x_token,
+    y_row,
+    y_token,
+    gate_row,
+    gate_group,
+    tokens,
+    group_size,
+    width: tl.constexpr,
+    columns: tl.constexpr,
+):
+    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, columns)
+    inside = at < width
+    value = tl.load(x + row * x_row + token.to(tl.int64) * x_token + at, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(y + row * y_row + token.to(tl.int64) * y_token + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_row + token // group_size * gate_group + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (row * tokens + token) * width + at, (value + added * g).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize_kernel(
+    x,
+    values,
+    scales,
+    x_token,
+    smallest,
+    width: tl.constexpr,
+    largest: tl.constexpr,
+    whole: tl.constexpr,
+    columns: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, columns)
+    value = tl.load(x + token * x_token + at, mask=at < width, other=0.0).to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(value), axis=0), smallest)
+    value *= tl.div_rn(largest, most)
+    if whole:
+        value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no bits after the point, ties go to even
+    tl.store(values + token * width + at, value.to(values.dtype.element_ty), mask=at < width)
+    tl.store(scales + token, tl.div_rn(most, largest))
+
+
+def _warps(columns: int) -> int:
+    return min(8, max(1, columns // 512))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def norm_rotary_triton(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+) -> Tensor:
+    """`reference.norm_rotary_reference` without its intermediate results."""
+    rows, tokens, width = x.shape
+    out = x.new_empty((rows, tokens, heads, width // heads))
+    x, (cos, sin) = _rows(x), (part.float().contiguous() for part in (cos, sin))
+    row_stride = 0 if cos.ndim == 2 or cos.shape[0] == 1 else cos.stride(0)
+    token_stride = 0 if cos.shape[-2] == 1 else cos.stride(-2)
+    pairs = triton.next_power_of_2(width // 2)
+    order = cos if permutation is None else permutation.contiguous()  # a stand-in that is never read
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever its tensors are
+        _norm_rotary_kernel[(tokens, rows)](
+            x, weight.contiguous(), cos, sin, order, out, x.stride(0), x.stride(1), row_stride, token_stride, tokens,
+            eps, width, width // heads // 2, permutation is not None, pairs, num_warps=_warps(2 * pairs),
+        )  # fmt: skip
+    return out
+
+
+def norm_modulate_triton(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """`reference.norm_modulate_reference`; `shift` and `scale` may be slices of one projection."""
+    rows, tokens, width = x.shape
+    out = x.new_empty(x.shape)
+    x, shift, scale = _rows(x), _rows(shift), _rows(scale)
+    columns = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        _norm_modulate_kernel[(tokens, rows)](
+            x, shift, scale, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(),
+            out, x.stride(0), x.stride(1), shift.stride(0), shift.stride(1), scale.stride(0), scale.stride(1), tokens,
+            tokens // shift.shape[1], eps, width, weight is not None, bias is not None, columns,
+            num_warps=_warps(columns),
+        )  # fmt: skip
+    return out
+
+
+def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """`reference.gate_residual_reference`."""
+    rows, tokens, width = x.shape
+    out = x.new_empty(x.shape)
+    x, y, gate = _rows(x), _rows(y), _rows(gate)
+    columns = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        _gate_residual_kernel[(tokens, rows)](
+            x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), gate.stride(1),
+            tokens, tokens // gate.shape[1], width, columns, num_warps=_warps(columns),
+        )  # fmt: skip
+    return out
+
+
+def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows_reference`, equal to the bit."""
+    width = x.shape[-1]
+    flat = _rows(x.reshape(-1, width))
+    values = x.new_empty(x.shape, dtype=dtype)
+    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    columns = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        _quantize_kernel[(flat.shape[0],)](
+            flat, values, scales, flat.stride(0), SMALLEST, width, LARGEST[dtype], dtype == torch.int8, columns,
+            num_warps=_warps(columns), enable_fp_fusion=False,
+        )  # fmt: skip
+    return values, scales
