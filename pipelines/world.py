@@ -8,48 +8,32 @@ forked, a frame stays the same.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from accelerate.hooks import CpuOffload
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from ..models.frame_codec import FrameAutoencoder
 from ..models.text_encoder import ByteTextEncoder
 from ..models.transformer import CausalTransformer3DModel
 from ..samplers import FlowSampler
-from ..streaming import Chunk, Frame, Session, WorldControl
+from ..streaming import Session, WorldControl
 from ..streaming.kv_cache import Window
-from ..streaming.types import Leaves
 from .rows import RowArena
-from .world_frames import FrameDrawer
-from .world_state import WorldState, from_leaves, to_leaves
+from .world_output import Keys, OutputType, WorldPipelineOutput, as_output, is_offloaded, last_latents, pressed
+from .world_state import WorldState
+from .world_streams import WorldStreams
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
-MOST_TURNS_OWED = 9  # half a second: a flick of the mouse must not go on turning for longer
-
-Keys = str | Iterable[str] | None
+FIXED = ("size", "buttons")  # what the weights were made for
 
 
-@dataclass
-class WorldPipelineOutput(BaseOutput):
-    """`frames`: a list of PIL images, or [T, H, W, 3] (`np`), [T, 3, H, W] (`pt`), [C, T, h, w] (`latent`)."""
-
-    frames: Any
-
-
-class WorldPipeline(FrameDrawer):
+class WorldPipeline(WorldStreams):
     """Draws a world frame by frame while keys and words steer it.
 
     Args:
@@ -85,12 +69,12 @@ class WorldPipeline(FrameDrawer):
         if astray:
             raise ValueError(f"key_map presses {', '.join(astray)}, but the buttons are {', '.join(buttons or ())}")
         self.register_modules(transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler)
-        self.worlds, self.buttons, self.key_map = list(worlds or ()), list(buttons or ()), dict(key_map or {})
+        self._worlds, self.buttons, self.key_map = tuple(worlds or ()), list(buttons or ()), dict(key_map or {})
         self.rate, self.window, self.pixels_per_turn = rate, Window(window, sinks), pixels_per_turn
         height, width = size or (96, 128)
         self.size = (height, width)
         self.register_to_config(
-            worlds=self.worlds,
+            worlds=list(self.worlds),
             buttons=self.buttons,
             key_map=self.key_map,
             size=[height, width],
@@ -102,6 +86,43 @@ class WorldPipeline(FrameDrawer):
         self._arena: RowArena | None = None
         self._sharing = RLock()  # sessions may run on threads of their own, and one that opens may move the arena
         self._captions: Tensor | None = None
+
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """One caption per world that was learnt; setting them changes what `nearest_world` compares with."""
+        return self._worlds
+
+    @worlds.setter
+    def worlds(self, captions: Sequence[str]) -> None:
+        if isinstance(captions, str) or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+            raise ValueError(f'worlds must be captions such as ["a brick corridor with soldiers"], got {captions!r}')
+        self._worlds, self._captions = tuple(captions), None
+        self.register_to_config(worlds=list(captions))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"{name} is what the weights of this pipeline were made for and stays as it is; make another pipeline "
+                f"with WorldPipeline(**pipe.components, {name}=...)"
+            )
+        super().__setattr__(name, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the weights as diffusers does. ValueError while sessions are open: their memory would stay behind."""
+        open_sessions = self._arena.in_use if self._arena is not None else 0
+        wanted = [*args, kwargs.get("device"), kwargs.get("dtype")]
+        if open_sessions and any(self._is_elsewhere(place) for place in wanted if place is not None):
+            raise ValueError(
+                f"{open_sessions} open session(s) of this pipeline live on {self.arena.device} in {self.arena.dtype}; "
+                "close them (session.close()) before it moves, or load another pipeline there"
+            )
+        return super().to(*args, **kwargs)
+
+    def _is_elsewhere(self, place: str | int | torch.device | torch.dtype) -> bool:
+        if isinstance(place, torch.dtype):
+            return place != self.arena.dtype
+        device, here = torch.device(place), self.arena.device
+        return device.type != here.type or (None not in (device.index, here.index) and device.index != here.index)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -120,7 +141,7 @@ class WorldPipeline(FrameDrawer):
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
     ) -> WorldPipelineOutput | tuple[Any]:
@@ -143,7 +164,7 @@ class WorldPipeline(FrameDrawer):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
         if isinstance(keys, str):
             raise TypeError(f"keys must hold one entry per frame, such as [{keys!r}] * num_frames, got {keys!r}")
-        script = [_pressed(held) for held in keys or ()]
+        script = [pressed(held) for held in keys or ()]
         settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         for held in set(script):
             self.check(WorldControl(prompt, keys=held))
@@ -153,10 +174,10 @@ class WorldPipeline(FrameDrawer):
             for number in progress_bar(range(num_frames)):
                 session.steer(keys=script[number] if number < len(script) else frozenset())
                 (chunk,) = session.step()
-                frames.append(_latents(session.state) if output_type == "latent" else chunk.data[0])
+                frames.append(last_latents(session.state) if output_type == "latent" else chunk.data[0])
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, number, 0, {"frame": chunk.data[0]})
-        clip = _as_output(frames, output_type)
+        clip = as_output(frames, output_type)
         return WorldPipelineOutput(frames=clip) if return_dict else (clip,)
 
     def stream(
@@ -166,11 +187,27 @@ class WorldPipeline(FrameDrawer):
         generator: torch.Generator | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
+        strength: float | None = None,
+        stream_batch: bool = False,
+        skip_similar: float | None = None,
+        follow_motion: float = 0.0,
     ) -> Session[WorldState, WorldControl]:
-        """An endless session. `session.step(Frame(picture, time))` shows the world a true frame and draws none."""
-        if any(_is_offloaded(part) for part in self.components.values()):
+        """An endless session; all of it but `generator` can be steered while it runs (see `WorldControl`).
+
+        `session.step(Frame(picture, time))` with a picture [3, H, W] of the pipeline's size shows the world a true
+        frame and draws none; with a `strength` above 0 it redraws the picture as this world.
+        """
+        if any(is_offloaded(part) for part in self.components.values()):
             raise ValueError("a stream cannot run with model CPU offload; move the pipeline with .to(device) instead")
-        control = WorldControl(prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        control = WorldControl(
+            prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            strength=strength,
+            stream_batch=stream_batch,
+            skip_similar=skip_similar,
+            follow_motion=follow_motion,
+        )
         return Session(self, control, generator=generator)
 
     @torch.no_grad()
@@ -182,142 +219,3 @@ class WorldPipeline(FrameDrawer):
         similarity = self._captions.to(self.device) @ summary(self.text_encoder.encode([prompt]))[0]
         best = int(similarity.argmax())
         return self.worlds[best], float(similarity[best])
-
-    # What a session asks for (`Streamable`).
-
-    def check(self, control: WorldControl) -> None:
-        """Refuse keys that press nothing here, an empty prompt and a number of steps the sampler does not know."""
-        if not control.prompt.strip():
-            example = self.worlds[0] if self.worlds else "a brick corridor with soldiers"
-            raise ValueError(f'the prompt is empty; describe a world, for example "{example}"')
-        if any("\ud800" <= character <= "\udfff" for character in control.prompt):
-            raise ValueError("the prompt holds half a character (a lone surrogate); send it as UTF-8")
-        unknown = sorted(control.keys - self.key_map.keys())
-        if unknown:
-            raise ValueError(f"unknown key {', '.join(unknown)}; the keys of this world are {', '.join(self.key_map)}")
-        self.scheduler.sigmas(control.num_inference_steps)
-
-    def begin(self, control: WorldControl, *, generator: torch.Generator | None = None) -> WorldState:
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
-        with self._sharing:
-            return WorldState(self._take_row(), seed)
-
-    @torch.no_grad()
-    def advance(
-        self, states: Sequence[WorldState], controls: Sequence[WorldControl], media: Sequence[Frame | None]
-    ) -> Sequence[Sequence[Chunk]]:
-        """One frame for every state; states with the same settings go through the network together."""
-        for frame in media:
-            if frame is not None:
-                self._check_picture(frame.data)
-        chunks: dict[int, Chunk] = {}
-        jobs = sorted(zip(states, controls, media), key=lambda job: (_kind(job), job[0].row))
-        for _, group in groupby(jobs, key=_kind):
-            together = list(group)
-            with self._sharing:
-                pictures = self._advance_group(*zip(*together))
-            for (state, control, frame), picture in zip(together, pictures):
-                when = time.monotonic() if frame is None else frame.time
-                chunks[state.row] = Chunk("video", picture, state.frame - 1, self.rate, control.version, when)
-        return [[chunks[state.row]] for state in states]
-
-    def flush(self, state: WorldState) -> Sequence[Chunk]:
-        return ()
-
-    def save(self, state: WorldState) -> Leaves:
-        with self._sharing:
-            return to_leaves(state, self.arena.cache.snapshot(state.row))
-
-    @torch.no_grad()  # with gradients the prompt encoder takes another path, which differs in the last bit
-    def load(self, leaves: Leaves) -> WorldState:
-        cache, plain = from_leaves(leaves)
-        with self._sharing:
-            row = self._take_row()
-            try:
-                self.arena.cache.restore(row, cache)
-                state = WorldState(row=row, **plain)
-                self._read_prompt(state, state.prompt)
-            except BaseException:
-                self.arena.give_back(row)
-                raise
-            return state
-
-    def end(self, state: WorldState) -> None:
-        row, state.row = state.row, -1
-        if row >= 0:
-            self.arena.give_back(row)
-
-    def _advance_group(
-        self, states: Sequence[WorldState], controls: Sequence[WorldControl], media: Sequence[Frame | None]
-    ) -> Iterator[Tensor]:
-        """Frames [1, 3, H, W] of states that share their settings."""
-        for state, control in zip(states, controls):
-            if state.prompt != control.prompt:
-                self._read_prompt(state, control.prompt)
-        chunk = self.arena.cache.open([state.row for state in states])
-        actions = torch.tensor(
-            [self._action(state, control) for state, control in zip(states, controls)],
-            device=self.arena.device,
-            dtype=self.arena.dtype,
-        )[:, None]
-        if media[0] is None:
-            latents = self.draw(states, chunk, actions, controls[0])
-        else:
-            latents = self.encode([frame.data for frame in media if frame is not None])
-        self.remember(states, latents, chunk, actions)
-        for state, latent in zip(states, latents):
-            state.latents = latent[:, 0]
-            state.frame += 1
-        return iter(self.decode(latents))
-
-    def _check_picture(self, picture: Tensor) -> None:
-        """Called before any stream moves, so that one bad picture costs the others nothing."""
-        if tuple(picture.shape) != (3, *self.size) or not picture.is_floating_point():
-            raise ValueError(
-                f"a frame of this world is [3, {self.size[0]}, {self.size[1]}] in floats from 0 to 1, got "
-                f"{list(picture.shape)} in {picture.dtype}"
-            )
-
-    def _action(self, state: WorldState, control: WorldControl) -> list[float]:
-        """Which buttons are pressed; mouse movement to the side is paid out in turns."""
-        pressed = {self.key_map[key] for key in control.keys}
-        limit = MOST_TURNS_OWED * self.pixels_per_turn
-        state.turn = max(-limit, min(limit, state.turn + control.mouse[0]))
-        if abs(state.turn) >= self.pixels_per_turn:
-            pressed.add("TURN_RIGHT" if state.turn > 0 else "TURN_LEFT")
-            state.turn -= self.pixels_per_turn * (1 if state.turn > 0 else -1)
-        return [float(button in pressed) for button in self.buttons]
-
-
-def _kind(job: tuple[WorldState, WorldControl, Frame | None]) -> tuple[bool, int, float]:
-    """What must agree for states to share their passes."""
-    _, control, frame = job
-    return frame is not None, control.num_inference_steps or 0, float(control.guidance_scale)
-
-
-def _pressed(held: Keys) -> frozenset[str]:
-    if held is None:
-        return frozenset()
-    return frozenset([held] if isinstance(held, str) else held)
-
-
-def _latents(state: WorldState | None) -> Tensor:
-    assert state is not None, "a session that has stepped has a state"
-    assert state.latents is not None, "and that state a frame"
-    return state.latents
-
-
-def _as_output(frames: Sequence[Tensor], output_type: str) -> Any:
-    if output_type == "latent":
-        return torch.stack(list(frames), dim=1)
-    clip = torch.stack(list(frames))
-    if output_type == "pt":
-        return clip
-    pictures = clip.permute(0, 2, 3, 1).cpu().numpy()
-    return pictures if output_type == "np" else DiffusionPipeline.numpy_to_pil(np.asarray(pictures))
-
-
-def _is_offloaded(part: Any) -> bool:
-    """Does accelerate move this part between devices at every call?"""
-    hooks = [getattr(module, "_hf_hook", None) for module in part.modules()] if isinstance(part, nn.Module) else []
-    return any(isinstance(hook, CpuOffload) or getattr(hook, "offload", False) for hook in hooks)

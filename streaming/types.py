@@ -95,12 +95,26 @@ class WorldControl(Control):
 
     `num_inference_steps` trades quality for speed, None takes the sampler's own; `guidance_scale` above 1 follows the
     prompt harder at twice the cost.
+
+    The others say what becomes of a picture that a step is given:
+
+    - `strength`: how far it is redrawn, from 0 (kept) to 1 (ignored); None shows it to the world as a true frame, as 0
+      does.
+    - `stream_batch`: redraw several pictures at once, each at another noise level, so that a step is one pass of the
+      network; chunks then come that many steps late, less one.
+    - `skip_similar`: likeness (cosine, 0 to 1) to the last drawn picture above which a picture may be left out, the
+      more likely the more alike; the last frame is then given again. None draws every one.
+    - `follow_motion`: share of `strength`, 0 to 0.9, that fast motion takes off, so that what moves keeps its shape.
     """
 
     keys: frozenset[str] = frozenset()
     mouse: tuple[float, float] = (0.0, 0.0)
     num_inference_steps: int | None = None
     guidance_scale: float = 1.0
+    strength: float | None = None
+    stream_batch: bool = False
+    skip_similar: float | None = None
+    follow_motion: float = 0.0
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
@@ -109,6 +123,14 @@ class WorldControl(Control):
             raise ValueError(f"num_inference_steps must be a whole number from 1 to 1000, got {steps!r}")
         if not isinstance(self.guidance_scale, (int, float)) or not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale must be a number from 0 to 100, got {self.guidance_scale!r}")
+        if self.strength is not None:
+            _check_strength(self.strength)
+        if not isinstance(self.stream_batch, bool):
+            raise TypeError(f"stream_batch must be True or False, got {self.stream_batch!r}")
+        if self.skip_similar is not None and not _lies_between(0, self.skip_similar, 1):
+            raise ValueError(f"skip_similar must be a likeness from 0 to 1, or None, got {self.skip_similar!r}")
+        if not _lies_between(0, self.follow_motion, 0.9):
+            raise ValueError(f"follow_motion must be a number from 0 to 0.9, got {self.follow_motion!r}")
         object.__setattr__(self, "keys", _key_codes(self.keys))
         object.__setattr__(self, "mouse", _movement(self.mouse))
 
@@ -118,6 +140,17 @@ class WorldControl(Control):
 
     def held(self) -> Self:
         return replace(self, mouse=(0.0, 0.0))
+
+
+def _check_strength(strength: float) -> None:
+    if not isinstance(strength, (int, float)):
+        raise TypeError(f"strength must be a number between 0 and 1, got {strength!r}")
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength must be between 0 (keep the input) and 1 (ignore it), got {strength}")
+
+
+def _lies_between(low: float, value: object, high: float) -> bool:
+    return isinstance(value, (int, float)) and low <= value <= high
 
 
 def _key_codes(keys: Iterable[str]) -> frozenset[str]:
@@ -148,10 +181,7 @@ class VideoControl(Control):
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
-        if not isinstance(self.strength, (int, float)):
-            raise TypeError(f"strength must be a number between 0 and 1, got {self.strength!r}")
-        if not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"strength must be between 0 (keep the input) and 1 (ignore it), got {self.strength}")
+        _check_strength(self.strength)
         if self.switch not in ("keep", "recache", "lerp", "cut"):
             raise ValueError(f"switch must be keep, recache, lerp or cut, got {self.switch!r}")
 

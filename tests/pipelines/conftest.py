@@ -12,6 +12,7 @@ from millstream.models.frame_codec import FrameAutoencoder
 from millstream.models.text_encoder import ByteTextEncoder
 from millstream.models.transformer import CausalTransformer3DModel
 from millstream.samplers import FlowSampler
+from millstream.streaming import Frame
 
 BUTTONS = ["FORWARD", "BACKWARD", "LEFT", "RIGHT", "TURN_LEFT", "TURN_RIGHT", "ATTACK"]
 KEY_MAP = {
@@ -106,3 +107,26 @@ def draw():
         return torch.stack(pictures)
 
     return drawn
+
+
+@pytest.fixture
+def camera():
+    """`count` frames of a camera that pans over a smooth picture."""
+
+    def panning(count, seed=3):
+        coarse = torch.rand(1, 3, 5, 16, generator=torch.Generator().manual_seed(seed))
+        wide = torch.nn.functional.interpolate(coarse, (32, 144), mode="bicubic").clamp(0, 1)[0]
+        return [Frame(wide[..., 2 * n : 2 * n + 48].clone(), 10.0 + n) for n in range(count)]
+
+    return panning
+
+
+@pytest.fixture
+def play():
+    """The chunks of a session that is given frames one after the other."""
+
+    def played(session, frames, flush=False):
+        chunks = [chunk for frame in frames for chunk in session.step(frame)]
+        return chunks + list(session.flush()) if flush else chunks
+
+    return played

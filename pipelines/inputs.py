@@ -1,0 +1,85 @@
+"""What a stream notices about its input: is this picture worth drawing, and how fast does the view move?
+
+Both compare pictures [3, H, W] in [0, 1] with the last one that was drawn. They read a value on the host, so pictures
+are best left on the CPU, where cameras put them; there it costs no waiting for a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels import philox_uniform
+from ..streaming import WorldControl
+from ..streaming.snapshot import control_fields
+from .world_state import WorldState
+
+MOST_SKIPPED = 10  # pictures in a row: a picture that changes very slowly must not be taken for a still one for ever
+SKIP_NOISE = 1 << 21  # the noise step of the similarity filter; the sampler's steps count from 0
+FULL_MOTION = 0.1  # root mean square of the difference; StreamDiffusionV2's 0.2 is for pictures in [-1, 1]
+NEW_MOTION = 0.9  # weight of the newest motion against what was remembered
+
+
+def likeness(picture: Tensor, last: Tensor) -> float:
+    """Cosine between two pictures as vectors of values in [-1, 1]; 1 for equal ones."""
+    one, other = (2 * each.float().flatten() - 1 for each in (picture, last.to(picture.device)))
+    return float(F.cosine_similarity(one, other, dim=0))
+
+
+def skip_probability(alike: float, threshold: float) -> float:
+    """How likely a picture is to be left out: 0 up to `threshold`, 1 for a picture like the last.
+
+    Source: stochastic similarity filter, Kodaira et al. 2023, StreamDiffusion (arXiv 2312.12491).
+    """
+    return 0.0 if threshold >= 1 else min(1.0, max(0.0, (alike - threshold) / (1 - threshold)))
+
+
+def motion(picture: Tensor, last: Tensor, remembered: float) -> float:
+    """Motion from 0 (still) to 1 (fast): the difference between two pictures, mixed with what is `remembered`.
+
+    Source: motion-aware noise scheduler, Feng et al. 2025, StreamDiffusionV2 (arXiv 2511.07399), section 4.1; here the
+    motion is smoothed instead of the noise rate, so that a strength that is steered counts at once.
+    """
+    difference = float((picture.float() - last.to(picture.device).float()).square().mean().sqrt())
+    return NEW_MOTION * min(1.0, difference / FULL_MOTION) + (1 - NEW_MOTION) * remembered
+
+
+def leaves_out(state: WorldState, control: WorldControl, picture: Tensor) -> bool:
+    """Whether the similarity filter skips this picture: by chance, but by the stream's own seed.
+
+    Never when the control has changed, nor more than `MOST_SKIPPED` times in a row.
+    """
+    if control.skip_similar is None or state.seen is None or state.picture is None:
+        return False
+    state.inputs += 1
+    seed, count = torch.tensor([state.seed]), torch.tensor([state.inputs])
+    chance = float(philox_uniform(seed, count, SKIP_NOISE, (1,)))
+    left_out = (
+        state.skipped < MOST_SKIPPED
+        and state.wish == wish(control)
+        and chance < skip_probability(likeness(picture, state.seen), control.skip_similar)
+    )
+    state.skipped = state.skipped + 1 if left_out else 0
+    return left_out
+
+
+def strength_for(state: WorldState, control: WorldControl, picture: Tensor) -> float:
+    """How far to redraw this picture: the control's strength, less where it moves. The picture is remembered."""
+    assert control.strength is not None
+    if control.follow_motion and state.seen is not None:
+        state.motion = motion(picture, state.seen, state.motion)
+    else:
+        state.motion = 0.0
+    compared = control.follow_motion > 0 or control.skip_similar is not None
+    state.seen = picture.clone() if compared else None
+    state.wish = wish(control) if control.skip_similar is not None else ""
+    return control.strength * (1 - control.follow_motion * state.motion)
+
+
+def wish(control: WorldControl) -> str:
+    """What a control asks for, without its version and the movement that one step uses up."""
+    asked = control_fields(control)
+    return json.dumps({name: asked[name] for name in asked.keys() - {"version", "mouse"}}, sort_keys=True)
