@@ -1,0 +1,224 @@
+"""What the streaming encoder and decoder share: the frames that layers keep, and how a layer runs on new ones.
+
+See `wan_vae` for the idea.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
+    WanCausalConv3d,
+    WanMidBlock,
+    WanResidualBlock,
+    WanRMS_norm,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PICTURES_PER_LATENT = 4
+
+
+class Place(NamedTuple):
+    """What one convolution over time keeps, and how much it sees per latent frame."""
+
+    channels: int
+    kept: int  # frames
+    height: int
+    width: int
+    frames: int  # of its input, per latent frame
+
+    @property
+    def elements(self) -> int:
+        return self.channels * self.kept * self.height * self.width
+
+
+class CodecState:
+    """Everything a running encoder or decoder remembers.
+
+    Attributes:
+        buffers: name of a layer -> the last frames of its input [B, C, kept, h, w].
+        frames: frames taken so far (latents by a decoder, pictures by an encoder).
+    """
+
+    def __init__(self, buffers: dict[str, Tensor]) -> None:
+        self.buffers = buffers
+        self.frames = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory it holds, whatever the stream does."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
+
+    def reset(self) -> None:
+        """Forget everything: the next frame is a first frame."""
+        for buffer in self.buffers.values():
+            buffer.zero_()
+        self.frames = 0
+
+    def snapshot(self) -> dict[str, Tensor | int]:
+        """A copy that later steps leave alone."""
+        return {name: buffer.clone() for name, buffer in self.buffers.items()} | {"frames": self.frames}
+
+    def restore(self, saved: Mapping[str, Tensor | int | float | str]) -> None:
+        """Put a snapshot back, into this state or another of the same shape. ValueError if it is another's."""
+        for name, buffer in self.buffers.items():
+            value = saved.get(name)
+            if not isinstance(value, Tensor) or value.shape != buffer.shape:
+                seen = tuple(value.shape) if isinstance(value, Tensor) else value
+                raise ValueError(f"the saved codec state has {name} = {seen}, this one needs {tuple(buffer.shape)}")
+        for name, buffer in self.buffers.items():
+            buffer.copy_(saved[name])  # pyright: ignore[reportArgumentType]
+        self.frames = int(saved["frames"])
+
+
+class StreamCodec:
+    """What the encoder and the decoder share: where each layer keeps its frames, and how a layer is run on new ones.
+
+    Args:
+        vae: the weights; its convolutions are brought into channels-last order, which changes no number.
+        step: latent frames that go through the network together; longer inputs take several passes.
+    """
+
+    half: nn.Module  # the half of the autoencoder that this codec runs
+
+    def __init__(self, vae: AutoencoderKLWan, step: int) -> None:
+        if step < 1:
+            raise ValueError(f"step must be at least 1 latent frame, got {step}")
+        self.vae, self.step = vae, step
+        self.names = {module: name for name, module in self.half.named_modules()}
+        self.mean, self.std = (torch.tensor(values)[:, None, None, None] for values in statistics(vae))
+        self._scratch = torch.empty(0)
+        for module in vae.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                order = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+                module.weight.data = module.weight.data.contiguous(memory_format=order)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels, each way, per latent element."""
+        return self.vae.config["scale_factor_spatial"]
+
+    def places(self, height: int, width: int) -> dict[str, Place]:
+        """What every layer keeps for a stream of `height` x `width` pixels."""
+        raise NotImplementedError
+
+    def begin(self, height: int, width: int, batch: int = 1) -> CodecState:
+        """An empty state for streams of `height` x `width` pixels, on the device of the weights.
+
+        Raises:
+            ValueError: the size is no multiple of what a latent spans.
+        """
+        if height % self.pixels or width % self.pixels or min(height, width) < 1:
+            raise ValueError(f"height and width must be multiples of {self.pixels} pixels, got {height} x {width}")
+        places = self.places(height, width)
+        weight = self.vae.post_quant_conv.weight
+        self.mean, self.std = self.mean.to(weight), self.std.to(weight)
+        widest = max(
+            place.elements // place.kept * (place.kept + place.frames * self.step) for place in places.values()
+        )
+        if self._scratch.numel() < batch * widest or (self._scratch.device, self._scratch.dtype) != (
+            weight.device,
+            weight.dtype,
+        ):
+            self._scratch = torch.empty(batch * widest, device=weight.device, dtype=weight.dtype)
+        return CodecState(
+            {
+                name: torch.zeros(
+                    (batch, place.channels, place.kept, place.height, place.width),
+                    device=weight.device,
+                    dtype=weight.dtype,
+                ).contiguous(memory_format=torch.channels_last_3d)
+                for name, place in places.items()
+            }
+        )
+
+    def side_by_side(self, state: Tensor, frames: int) -> Tensor:
+        """A scratch [B, C, kept + frames, h, w] that begins with `state`."""
+        batch, channels, kept, height, width = state.shape
+        elements = batch * channels * (kept + frames) * height * width
+        last = self._scratch[:elements].view(batch, kept + frames, height, width, channels)
+        both = last.permute(0, 4, 1, 2, 3)
+        both[:, :, :kept].copy_(state)
+        return both
+
+    def convolve(self, conv: WanCausalConv3d, x: Tensor, state: CodecState, norm: WanRMS_norm | None = None) -> Tensor:
+        """`conv` over the kept frames and `x` [B, C, T, h, w], after `norm` and SiLU if given."""
+        kept = state.buffers[self.names[conv]]
+        both = self.side_by_side(kept, x.shape[2])
+        new = both[:, :, kept.shape[2] :]
+        if norm is None:
+            new.copy_(x)
+        else:
+            norm_silu(x, norm, out=new)
+        kept.copy_(both[:, :, -kept.shape[2] :])
+        pad_w, _, pad_h, _, _, _ = (int(pad) for pad in conv._padding)
+        return F.conv3d(both, conv.weight, conv.bias, conv.stride, (0, pad_h, pad_w))  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def residual(self, block: WanResidualBlock, x: Tensor, state: CodecState) -> Tensor:
+        shortcut = pointwise(block.conv_shortcut, x) if isinstance(block.conv_shortcut, WanCausalConv3d) else x
+        y = self.convolve(block.conv1, x, state, block.norm1)
+        return self.convolve(block.conv2, y, state, block.norm2).add_(shortcut)
+
+    def middle(self, block: WanMidBlock, x: Tensor, state: CodecState) -> Tensor:
+        x = self.residual(block.resnets[0], x, state)  # pyright: ignore[reportArgumentType]
+        for attention, resnet in zip(block.attentions, block.resnets[1:]):
+            x = self.residual(resnet, attention(x), state)  # pyright: ignore[reportArgumentType]
+        return x
+
+
+def statistics(vae: AutoencoderKLWan) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each latent channel.
+
+    Raises:
+        ValueError: the config does not say, or not for as many channels as there are: pictures would turn to snow.
+    """
+    z, found = vae.config["z_dim"], []
+    for name in ("latents_mean", "latents_std"):
+        values = vae.config.get(name)
+        if values is None or len(values) != z or (name == "latents_std" and min(values) <= 0):
+            seen = "nothing" if values is None else f"{len(values)} values"
+            raise ValueError(
+                f"the autoencoder's config needs {name} with {z} values, one per latent channel, and has {seen}; "
+                "take them from the config.json that belongs to these weights"
+            )
+        found.append(tuple(map(float, values)))
+    return found[0], found[1]
+
+
+def norm_silu(x: Tensor, norm: WanRMS_norm, *, out: Tensor) -> None:
+    """silu(norm(x)) into `out`, both [B, C, T, h, w]: `x` over its length in the channels, times gamma sqrt(C)."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
+    torch.ops.aten.silu.out((x / length).mul_(norm.gamma * norm.scale).to(out.dtype), out=out)
+
+
+def keeps_frames(name: str, module: nn.Module) -> bool:
+    """Is this a convolution over three frames, outside of a resampling layer (whose pace differs)?"""
+    return isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3 and not name.endswith("time_conv")
+
+
+def pointwise(conv: WanCausalConv3d, x: Tensor) -> Tensor:
+    """A convolution that looks at one place only; the module's own forward would pad by nothing, with a copy."""
+    return F.conv3d(x, conv.weight, conv.bias)
+
+
+def as_images(x: Tensor) -> Tensor:
+    """[B, C, T, h, w] as [B T, C, h, w]; a view where the order is channels-last."""
+    return x.movedim(2, 1).flatten(0, 1)
+
+
+def as_video(images: Tensor, batch: int) -> Tensor:
+    return images.unflatten(0, (batch, -1)).movedim(1, 2)
+
+
+def pieces(x: Tensor, starts: bool, size: int) -> Iterator[tuple[bool, Tensor]]:
+    """`x` along time in pieces of `size`, and whether each is the first frame of its stream, which goes alone."""
+    start = 0
+    while start < x.shape[2]:
+        first = starts and start == 0
+        length = 1 if first else size
+        yield first, x[:, :, start : start + length]
+        start += length

@@ -1,0 +1,129 @@
+"""A tiny video decoder in the layout of TAEHV: 2-D convolutions that also see the frame before.
+
+Some hundred times cheaper than Wan's own decoder and a little softer; for previews and for small or busy machines.
+Source of the layout: github.com/madebyollin/taehv, whose `taew2_1.pth` loads as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .stream_codec import PICTURES_PER_LATENT, CodecState
+
+
+class SoftClamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class MemoryBlock(nn.Module):
+    """A residual block over a frame and the frame before it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * channels, channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """`x` [B, T, C, h, w] and the last frame before it [B, C, h, w], which becomes the last of `x`."""
+        both = torch.cat([x, torch.cat([before[:, None], x[:, :-1]], dim=1)], dim=2)
+        y = self.conv(both.flatten(0, 1)).unflatten(0, x.shape[:2])
+        before.copy_(x[:, -1])
+        return y.add_(x).relu_()
+
+
+class Grow(nn.Module):
+    """One frame becomes `times` frames."""
+
+    def __init__(self, channels: int, times: int) -> None:
+        super().__init__()
+        self.times = times
+        self.conv = nn.Conv2d(channels, times * channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B T, C, h, w] to [B T times, C, h, w]."""
+        return self.conv(x).unflatten(1, (self.times, -1)).flatten(0, 1)
+
+
+class TinyVideoDecoder(ModelMixin, ConfigMixin):
+    """Latents to pictures; takes the place of a `WanDecoder`.
+
+    Args:
+        latent_channels: z, 16 for Wan 2.1 and 48 for Wan 2.2.
+        patch_size: pixels each way that one output element stands for: 1 for Wan 2.1, 2 for Wan 2.2.
+        widths: channels at each of the four sizes.
+    """
+
+    @register_to_config
+    def __init__(
+        self, latent_channels: int = 16, patch_size: int = 1, widths: Sequence[int] = (256, 128, 64, 64)
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU(True)]
+        for width, narrower, times in zip(widths, widths[1:], (1, 2, 2)):
+            layers += [MemoryBlock(width) for _ in range(3)]
+            layers += [nn.Upsample(scale_factor=2), Grow(width, times)]
+            layers += [nn.Conv2d(width, narrower, 3, padding=1, bias=False)]
+        layers += [nn.ReLU(True), nn.Conv2d(widths[-1], 3 * patch_size**2, 3, padding=1)]
+        self.decoder = nn.Sequential(*layers)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels, each way, per latent element."""
+        return 8 * self.config["patch_size"]
+
+    def begin(self, height: int, width: int, batch: int = 1) -> CodecState:
+        """An empty state for streams of `height` x `width` pixels, on the device of the weights.
+
+        Raises:
+            ValueError: the size is no multiple of what a latent spans.
+        """
+        if height % self.pixels or width % self.pixels or min(height, width) < 1:
+            raise ValueError(f"height and width must be multiples of {self.pixels} pixels, got {height} x {width}")
+        h, w, buffers = height // self.pixels, width // self.pixels, {}
+        for index, layer in enumerate(self.decoder):
+            if isinstance(layer, MemoryBlock):
+                channels = layer.conv[-1].out_channels
+                buffers[f"decoder.{index}"] = torch.zeros((batch, channels, h, w), device=self.device, dtype=self.dtype)  # pyright: ignore
+            elif isinstance(layer, nn.Upsample):
+                h, w = 2 * h, 2 * w
+        return CodecState(buffers)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, state: CodecState) -> Tensor:
+        """The pictures of the next latents.
+
+        Args:
+            latents: [B, z, F, h, w], normalised; F of any size.
+            state: from `begin`; moves on.
+
+        Returns:
+            [B, T, 3, H, W] in [0, 1]; T is 4 F, or 4 F - 3 if the first frame of the stream is among them.
+        """
+        batch, _, height, width = state.buffers["decoder.3"].shape
+        z = self.config["latent_channels"]
+        if latents.ndim != 5 or (*latents.shape[:2], *latents.shape[3:]) != (batch, z, height, width):
+            raise ValueError(f"latents must be [{batch}, {z}, F, {height}, {width}], got {list(latents.shape)}")
+        starts = state.frames == 0 and latents.shape[2] > 0
+        state.frames += latents.shape[2]
+        if latents.shape[2] == 0:
+            return latents.new_empty((batch, 0, 3, height * self.pixels, width * self.pixels), dtype=self.dtype)
+        x = latents.to(self.dtype).movedim(2, 1).flatten(0, 1)
+        for index, layer in enumerate(self.decoder):
+            if isinstance(layer, MemoryBlock):
+                x = layer(x.unflatten(0, (batch, -1)), state.buffers[f"decoder.{index}"]).flatten(0, 1)
+            else:
+                x = layer(x)
+        pictures = F.pixel_shuffle(x, self.config["patch_size"]).clamp_(0, 1).unflatten(0, (batch, -1))
+        return pictures[:, PICTURES_PER_LATENT - 1 :] if starts else pictures
