@@ -1,0 +1,152 @@
+"""What a viewer may ask of its seat, message by message. Quick things are done at once, slow ones between two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .protocol import Message, Refused
+from .recordings import Recording
+from .seat import Seat
+from .sessions import Sessions
+
+MOST_AT_WORK = 16  # slow commands of one client that may wait at once
+
+
+class Commands:
+    """Obeys the messages of one client, and answers those that carry an id.
+
+    Args:
+        seat: theirs.
+        sessions: for the engine and the recordings.
+        say: sends an answer.
+    """
+
+    def __init__(self, seat: Seat, sessions: Sessions, say: Callable[[dict[str, Any]], None]) -> None:
+        self.seat, self.sessions, self._say = seat, sessions, say
+        self._at_work: set[asyncio.Task] = set()
+        self._quick: dict[str, Callable[..., dict[str, Any]]] = {
+            "steer": self._steer,
+            "start": self._start,
+            "pause": self._pause,
+            "step": self._step,
+            "timeline": self._timeline,
+        }
+        self._slow: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
+            "reset": self._reset,
+            "back": self._back,
+            "branch": self._branch,
+            "switch": self._switch,
+            "record": self._record,
+        }
+
+    def obey(self, message: Message) -> None:
+        """Do it.
+
+        Raises:
+            Refused: it can't be done.
+        """
+        self.seat.touched = time.monotonic()
+        if message.type in self._quick:
+            try:
+                answer = self._quick[message.type](**message.fields)
+            except (ValueError, TypeError) as error:
+                raise Refused(str(error), message.id) from None
+            self._done(message, answer)
+            self.sessions.engine.wake()
+            return
+        if len(self._at_work) >= MOST_AT_WORK:
+            raise Refused("still busy with what was asked before", message.id)
+        task = asyncio.create_task(self._obey_slowly(message))
+        self._at_work.add(task)
+        task.add_done_callback(self._at_work.discard)
+
+    async def _obey_slowly(self, message: Message) -> None:
+        try:
+            answer = await self._slow[message.type](**message.fields)
+        except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: the session has just been closed
+            self._say({"type": "refused", "id": message.id, "message": str(error)})
+        else:
+            self._done(message, answer)
+
+    def _done(self, message: Message, answer: dict[str, Any]) -> None:
+        if message.id is not None:
+            self._say({"type": "done", "id": message.id, **answer})
+
+    async def close(self) -> None:
+        """The client is gone: nobody waits for these answers."""
+        for task in list(self._at_work):
+            task.cancel()
+        await asyncio.gather(*self._at_work, return_exceptions=True)
+
+    # Quick.
+
+    def _steer(self, **changes: Any) -> dict[str, Any]:
+        if not changes:
+            raise ValueError("steer needs something to change, such as keys or prompt")
+        version = self.seat.session.steer(**changes)
+        if "prompt" in changes:
+            self.sessions.engine.call(self.seat.find_nearest)
+        return {"version": version}
+
+    def _start(self) -> dict[str, Any]:
+        self.seat.start()
+        return {}
+
+    def _pause(self) -> dict[str, Any]:
+        self.seat.pause()
+        return {}
+
+    def _step(self) -> dict[str, Any]:
+        self.seat.single_step()
+        return {}
+
+    def _timeline(self, entries: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
+        self.seat.plan(entries)
+        return {"entries": len(entries)}
+
+    # Slow.
+
+    async def _engine(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return await asyncio.wrap_future(self.sessions.engine.call(function))
+
+    async def _reset(self, seed: int | None = None) -> dict[str, Any]:
+        return await self._engine(lambda: self.seat.reset(seed))
+
+    async def _back(self, seconds: float = 5.0) -> dict[str, Any]:
+        return await self._engine(lambda: self.seat.back(seconds))
+
+    async def _branch(self) -> dict[str, Any]:
+        return await self._engine(self.seat.branch)
+
+    async def _switch(self, resume: str = "") -> dict[str, Any]:
+        return await self._engine(lambda: self.seat.switch(resume))
+
+    async def _record(self, on: bool = True) -> dict[str, Any]:
+        seat = self.seat
+        if on:
+            if seat.recording is not None:
+                raise ValueError("a recording runs already")
+            live = seat.mode == "camera"
+            seat.recording = self.sessions.recordings.begin(seat.name, seat.secret, rate=seat.pipe.rate, live=live)
+            return {"recording": seat.recording.id}
+        recording, seat.recording = seat.recording, None
+        if recording is None:
+            raise ValueError("nothing is being recorded")
+        return await finished(recording)
+
+
+async def finished(recording: Recording) -> dict[str, Any]:
+    """Close a recording, off the loop; what a client is told about it.
+
+    Raises:
+        ValueError: there is no file.
+    """
+    await asyncio.to_thread(recording.finish)
+    if not recording.frames:
+        raise ValueError(f"nothing was recorded: {recording.stopped or 'no frame was drawn'}")
+    answer = {"recording": recording.id, "url": f"/recordings/{recording.id}.mp4"}
+    answer |= {"seconds": recording.seconds, "bytes": recording.bytes}
+    return answer | ({"stopped": recording.stopped} if recording.stopped else {})

@@ -1,0 +1,156 @@
+"""The thread that draws: all sessions of one pipeline that have something to draw step together.
+
+Everything that touches the model happens here, so requests to save, restore or reset a stream are run between steps.
+A session that fails is named and taken out; the others of its step are drawn again without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Condition, Thread
+from typing import Any
+
+from ...streaming import Frame, step_together
+from .seat import Seat
+
+log = logging.getLogger(__name__)
+TOGETHER = 0.25  # of a frame: sessions due within it of one another share a step
+
+
+class Engine:
+    """Steps seats until it is stopped.
+
+    A paced seat is due when its last step's media has played; a new one joins the beat of those that run, so that
+    they go through the model together. Camera seats are due as soon as a picture is there. Every round steps each
+    seat that is due exactly once, so none can take another's turn.
+
+    Args:
+        rate: frames per second of the stream.
+        failed: called on this thread with a seat that can't go on, and why.
+
+    Attributes:
+        rounds, steps: rounds so far, and seats stepped in them.
+    """
+
+    def __init__(self, rate: float, failed: Callable[[Seat, Exception], None]) -> None:
+        self.rounds = self.steps = 0
+        self._slack = TOGETHER / rate
+        self._failed = failed
+        self._seats: list[Seat] = []
+        self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._changed = Condition()
+        self._stopping = False
+        self._nudged = False
+        self._thread = Thread(target=self._run, name="millstream-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End after the running step and the calls that wait already."""
+        self._stopping = True
+        self.wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Something has changed: look again."""
+        with self._changed:
+            self._nudged = True
+            self._changed.notify()
+
+    def add(self, seat: Seat) -> None:
+        with self._changed:
+            self._seats = [*self._seats, seat]
+
+    def remove(self, seat: Seat) -> None:
+        """From the next round on. Harmless twice."""
+        with self._changed:
+            self._seats = [other for other in self._seats if other is not seat]
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Run `function` on the engine's thread, between two steps."""
+        future: Future = Future()
+        self._calls.append((function, future))
+        self.wake()
+        return future
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._nudged = False
+            self._run_calls()
+            now = time.monotonic()
+            ready, next_due = self._look(now)
+            if ready:
+                self.rounds += 1
+                self.step(self._take(ready))
+            else:
+                self._rest(None if next_due is None else next_due - now)
+        self._run_calls()  # sessions that were closed just before the end give back what they hold
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
+
+    def _look(self, now: float) -> tuple[list[Seat], float | None]:
+        """Seats to step now, or else when the next is due."""
+        waiting = [seat for seat in self._seats if seat.ready]
+        paced = [seat for seat in waiting if seat.paced]
+        beat = min((seat.due for seat in paced if seat.due is not None and seat.due > now), default=now)
+        for seat in paced:
+            seat.due = beat if seat.due is None else seat.due
+        ready = [seat for seat in waiting if not seat.paced or (seat.due or 0) <= now]
+        if not ready:
+            return [], min((seat.due for seat in paced if seat.due is not None), default=None)
+        soon = [seat for seat in paced if seat not in ready and (seat.due or 0) <= now + self._slack]
+        return ready + soon, None
+
+    def _rest(self, seconds: float | None) -> None:
+        with self._changed:
+            if not self._nudged and not self._stopping:
+                self._changed.wait(seconds)
+
+    def _take(self, ready: Sequence[Seat]) -> list[tuple[Seat, Frame | None]]:
+        pairs = []
+        for seat in ready:
+            try:
+                pairs.append((seat, seat.take()))
+            except Exception as error:
+                self._fail(seat, error)
+        return pairs
+
+    def step(self, pairs: Sequence[tuple[Seat, Frame | None]]) -> None:
+        """Step these seats together; if that fails, each alone, and take out those that fail again."""
+        try:
+            drawn = step_together([seat.session for seat, _ in pairs], [media for _, media in pairs])
+        except Exception as error:
+            if len(pairs) == 1:
+                return self._fail(pairs[0][0], error)
+            for pair in pairs:
+                self.step([pair])
+            return
+        now = time.monotonic()
+        for (seat, _), chunks in zip(pairs, drawn, strict=True):
+            self.steps += 1
+            try:
+                seat.drew(chunks, now)
+            except Exception as error:
+                self._fail(seat, error)
+
+    def _fail(self, seat: Seat, error: Exception) -> None:
+        log.error("session %s has failed", seat.name, exc_info=error)
+        self.remove(seat)
+        self._failed(seat, error)

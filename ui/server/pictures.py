@@ -1,0 +1,123 @@
+"""Pictures on their way in and out. What comes in is measured from its header before anything decodes it."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from .protocol import JPEG, WEBP, Refused
+
+MAX_SIDE = 4096
+MAX_PIXELS = 4 * 2**20  # a 1080p camera has half of this
+WEBP_PIXELS = 2**15  # WebP takes 1.4 ms at 96x128 and 32 ms at 480x640, JPEG less than 1 ms: only small frames are WebP
+
+
+def dimensions(image: bytes) -> tuple[int, int]:
+    """(height, width) that the header of a JPEG or WebP picture states; nothing is decoded.
+
+    Sources: ITU-T T.81 B.2.2 (frame header), RFC 9649 (WebP).
+
+    Raises:
+        Refused: another format, a damaged header, a progressive or lossless JPEG, or an animation. A progressive
+            picture of two megabytes may hold thousands of scans, each as long to decode as the whole.
+    """
+    try:
+        if image[:2] == b"\xff\xd8":
+            return _jpeg_dimensions(image)
+        if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+            return _webp_dimensions(image)
+    except (IndexError, struct.error):
+        raise Refused("the camera picture is cut short") from None
+    raise Refused("a camera picture is a JPEG or a WebP")
+
+
+def _jpeg_dimensions(image: bytes) -> tuple[int, int]:
+    position = 2
+    while True:
+        if image[position] != 0xFF:
+            raise Refused("the camera picture is a damaged JPEG")
+        marker = image[position + 1]
+        if marker == 0xFF:  # padding
+            position += 1
+        elif marker in (0xC0, 0xC1):
+            height, width = struct.unpack_from(">HH", image, position + 5)
+            return height, width
+        elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            raise Refused("the camera picture is a progressive or lossless JPEG; send a baseline one, or WebP")
+        elif marker in (0xD9, 0xDA):
+            raise Refused("the camera picture is a JPEG without a frame")
+        else:
+            (length,) = struct.unpack_from(">H", image, position + 2)
+            position += 2 + max(2, length)
+
+
+def _webp_dimensions(image: bytes) -> tuple[int, int]:
+    kind = image[12:16]
+    if kind == b"VP8 ":
+        if image[23:26] != b"\x9d\x01\x2a":
+            raise Refused("the camera picture is a damaged WebP")
+        width, height = struct.unpack_from("<HH", image, 26)
+        return height & 0x3FFF, width & 0x3FFF
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", image, 21)
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    if kind == b"VP8X":
+        if image[20] & 0x02:
+            raise Refused("the camera picture is an animation; send single pictures")
+        return 1 + int.from_bytes(image[27:30], "little"), 1 + int.from_bytes(image[24:27], "little")
+    raise Refused("the camera picture is a damaged WebP")
+
+
+def decode(image: bytes, size: tuple[int, int]) -> Tensor:
+    """A camera picture as the pipeline takes it: cut to its shape around the middle, resized, [3, H, W] in [0, 1].
+
+    Args:
+        image: JPEG or WebP.
+        size: (height, width) of the result.
+
+    Raises:
+        Refused: not such a picture, damaged, or larger than `MAX_PIXELS`.
+    """
+    import cv2
+    import numpy as np
+
+    height, width = dimensions(image)
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and height * width <= MAX_PIXELS):
+        raise Refused(f"the camera picture is {width}x{height}; at most {MAX_PIXELS:,} pixels are read")
+    flag = cv2.IMREAD_COLOR
+    if height >= 2 * size[0] and width >= 2 * size[1]:
+        flag = cv2.IMREAD_REDUCED_COLOR_2  # JPEG decodes to half size in half the time
+    try:
+        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flag)
+    except cv2.error:
+        pixels = None
+    if pixels is None:
+        raise Refused("the camera picture is damaged")
+    pixels = cv2.resize(_cut(pixels, size), size[::-1], interpolation=cv2.INTER_AREA)
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def _cut(pixels_HWC, size: tuple[int, int]):
+    """The largest middle part that has the shape of `size`."""
+    height, width = pixels_HWC.shape[:2]
+    scale = min(height / size[0], width / size[1])
+    cut_height, cut_width = (max(1, min(side, round(part * scale))) for side, part in zip((height, width), size))
+    top, left = (height - cut_height) // 2, (width - cut_width) // 2
+    return pixels_HWC[top : top + cut_height, left : left + cut_width]
+
+
+def encode(picture: Tensor, formats: tuple[str, ...], quality: int) -> tuple[int, bytes]:
+    """A frame [3, H, W] in [0, 1] as (format, bytes). WebP where the client likes it best and it is quick enough."""
+    import cv2
+
+    pixels = picture.detach().clamp(0, 1).mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    small = bgr.shape[0] * bgr.shape[1] <= WEBP_PIXELS
+    if "jpeg" not in formats or (formats[0] == "webp" and small):
+        _, data = cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, quality])
+        return WEBP, data.tobytes()
+    _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return JPEG, data.tobytes()

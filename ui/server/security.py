@@ -1,0 +1,158 @@
+"""Who may come in: addresses, hosts, origins and the token. Read docs/serving.md for the reasons.
+
+Three attacks shape this file. A page of another site opens our socket from a visitor's browser: browsers say where a
+page is from, so the origin is compared. A site points its own name at 127.0.0.1 (DNS rebinding): its pages then count
+as ours, so a server on the loopback interface answers only to loopback names. And a stranger on the network: everything
+but /health asks for the token.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections import OrderedDict
+from http.cookies import CookieError, SimpleCookie
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from .pacing import Bucket
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+TOKEN_COOKIE = "millstream_token"
+LEAST_TOKEN = 8
+REMEMBERED_ADDRESSES = 4096
+LOGIN = b"""<!doctype html><meta name=viewport content="width=device-width"><title>millstream</title>
+<body style="font:16px system-ui;max-width:24em;margin:20vh auto;padding:0 1em">
+<form><p>This server asks for the token that it printed when it started.</p>
+<input name=token type=password autofocus style="font:inherit;width:100%"></form>"""
+
+
+def is_loopback(host: str) -> bool:
+    """Is `host` this machine's own address, which nobody else can reach?"""
+    if host.rstrip(".").lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, token: str | None) -> None:
+    """Refuse to listen to the network without a token that is worth something.
+
+    Raises:
+        ValueError: no token, or one that can be guessed.
+    """
+    if token is not None and len(token) < LEAST_TOKEN:
+        raise ValueError(
+            f"the token has {len(token)} characters, at least {LEAST_TOKEN} are wanted; omit it for a new one"
+        )
+    if token is not None and not token.isascii():
+        raise ValueError("the token must be plain ASCII, since it travels in an address")
+    if token is None and not is_loopback(host):
+        raise ValueError(
+            f"--host {host} lets others reach this server, so it needs --token; without a value a new one is printed"
+        )
+
+
+def same(secret: str, given: str | None) -> bool:
+    """Compare in constant time."""
+    return given is not None and hmac.compare_digest(secret.encode(), given.encode(errors="replace"))
+
+
+class Gate:
+    """ASGI middleware around the whole app: foreign hosts, foreign origins and strangers get no further.
+
+    The token comes as `?token=`, as a cookie (set by the first visit with `?token=`), or in an Authorization header.
+    A socket may also send it in its first message, so sockets pass here and are asked at their own door.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+        headers = headers_of(scope)
+        if not host_allowed(headers, self.settings):
+            answer: Response = PlainTextResponse(f"this server is not {headers.get('host', '')!r}\n", 421)
+        elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and not origin_allowed(headers, self.settings):
+            answer = PlainTextResponse("this page may not send anything here\n", 403)
+        elif scope["path"] != "/health" and not token_given(scope, self.settings):
+            answer = Response(LOGIN, 401, {"cache-control": "no-store"}, "text/html")
+        elif self.settings.token and "token" in query_of(scope) and scope["path"] == "/":
+            # so that the token doesn't stay in the address bar, the history and the Referer header
+            rest = urlencode({name: value for name, value in query_of(scope).items() if name != "token"})
+            answer = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            secure = scope["scheme"] == "https"
+            answer.set_cookie(TOKEN_COOKIE, self.settings.token, httponly=True, samesite="lax", secure=secure)
+        else:
+            return await self.app(scope, receive, send)
+        await answer(scope, receive, send)
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """Header names in lower case; a repeated header counts once, with its last value."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def query_of(scope: Scope) -> dict[str, str]:
+    return {name: values[-1] for name, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
+
+
+def cookies_of(headers: dict[str, str]) -> dict[str, str]:
+    try:
+        return {name: morsel.value for name, morsel in SimpleCookie(headers.get("cookie", "")).items()}
+    except CookieError:
+        return {}
+
+
+def host_allowed(headers: dict[str, str], settings: Settings) -> bool:
+    """On the loopback interface only its own names are us, and hosts that the settings name."""
+    if not is_loopback(settings.host):
+        return True
+    host = headers.get("host", "")
+    return is_loopback(_name_of(host)) or any(urlsplit(origin).netloc == host for origin in settings.origins)
+
+
+def origin_allowed(headers: dict[str, str], settings: Settings) -> bool:
+    """Programs send no origin, and could send any. A browser's must be the host it speaks to, or in the settings."""
+    origin = headers.get("origin")
+    if origin is None or origin in settings.origins:
+        return True
+    return urlsplit(origin).netloc.lower() == headers.get("host", "").lower() != ""
+
+
+def token_given(scope: Scope, settings: Settings) -> bool:
+    """Does the request itself carry the token, if one is asked for?"""
+    if settings.token is None:
+        return True
+    headers = headers_of(scope)
+    bearer = headers.get("authorization", "").removeprefix("Bearer ")
+    given = (query_of(scope).get("token"), cookies_of(headers).get(TOKEN_COOKIE), bearer)
+    return any(same(settings.token, value) for value in given)
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without the port."""
+    return urlsplit(f"//{host}").hostname or ""
+
+
+class Doorman:
+    """Limits how often one address may connect. Remembers so many addresses and forgets the oldest."""
+
+    def __init__(self, connects: int) -> None:
+        self._connects = connects
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+
+    def admits(self, address: str) -> bool:
+        bucket = self._buckets.pop(address, None) or Bucket(self._connects / 60, self._connects)
+        self._buckets[address] = bucket
+        if len(self._buckets) > REMEMBERED_ADDRESSES:
+            self._buckets.popitem(last=False)
+        return bucket.take()

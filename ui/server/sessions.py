@@ -1,0 +1,228 @@
+"""All seats of a server: who has one, who waits for one, who has been away for too long. Lives on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .contract import Mode, Saved, Servable, Viewer
+from .engine import Engine
+from .protocol import Broken, Close
+from .recordings import Recordings
+from .seat import Seat
+from .settings import Settings
+
+SWEEP_SECONDS = 0.5
+GOODBYE_SECONDS = 2.5
+
+
+class Vault(Protocol):
+    """Keeps the last moment of every session where other servers of the same pipeline can find it."""
+
+    def put(self, saved: Saved) -> None:
+        """Called on the engine's thread about once a second per session; must not wait."""
+        ...
+
+    async def find(self, secret: str) -> Saved | None: ...
+
+    def forget(self, secret: str) -> None:
+        """The session has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a newcomer asked for in its hello."""
+
+    mode: Mode = "play"
+    prompt: str | None = None
+    seed: int | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A newcomer's turn: `seat` is done when its place is free, or raises what is wrong with the wish."""
+
+    client: Viewer
+    wish: Wish
+    seat: asyncio.Future[Seat] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    position: int = 0
+
+
+class Sessions:
+    """The seats of one pipeline.
+
+    Args:
+        pipe: shared by all.
+        settings: limits and times.
+        vault: None keeps sessions on this server alone.
+    """
+
+    def __init__(self, pipe: Servable, settings: Settings, vault: Vault | None = None) -> None:
+        self.pipe, self.settings, self.vault = pipe, settings, vault
+        self.engine = Engine(pipe.rate, self._failed)
+        total = 2 * settings.max_sessions * settings.recording_bytes
+        self.recordings = Recordings(settings.recordings, settings.recording_bytes, total)
+        self.seats: list[Seat] = []
+        self.waiting: deque[Ticket] = deque()
+        self.viewers: set[Viewer] = set()  # every open socket, with a seat or without
+        self.opened = self.failures = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sweeper: asyncio.Task | None = None
+
+    async def open(self) -> None:
+        """Begin to draw."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+        self._sweeper = asyncio.create_task(self._sweep_for_ever())
+
+    async def close(self) -> None:
+        """Say goodbye to everybody, finish the recordings, end the streams. Harmless twice."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for viewer in list(self.viewers):
+            viewer.end(Close.GOING_AWAY, "the server is going away")
+        patience = time.monotonic() + GOODBYE_SECONDS
+        while self.viewers and time.monotonic() < patience:
+            await asyncio.sleep(0.01)
+        for seat in list(self.seats):
+            self.close_seat(seat)
+        await asyncio.to_thread(self.engine.stop)
+        await asyncio.to_thread(self.recordings.close)
+
+    # Coming in.
+
+    def enter(self, client: Viewer, wish: Wish) -> Ticket:
+        """Stand in the queue; where a place is free the seat is ready at once.
+
+        Raises:
+            Broken: the queue is full.
+        """
+        if len(self.waiting) >= self.settings.max_waiting:
+            raise Broken(Close.TOO_MANY, f"{len(self.waiting)} others are waiting already; come back later")
+        ticket = Ticket(client, wish)
+        self.waiting.append(ticket)
+        self._admit()
+        return ticket
+
+    def leave_queue(self, ticket: Ticket) -> None:
+        """The newcomer is gone. A seat that it has just got becomes free again."""
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
+            self._admit()
+        elif ticket.seat.done() and not ticket.seat.cancelled() and ticket.seat.exception() is None:
+            self.close_seat(ticket.seat.result())
+        ticket.seat.cancel()
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.seats) < self.settings.max_sessions:
+            ticket = self.waiting.popleft()
+            try:
+                ticket.seat.set_result(self._new_seat(ticket.wish))
+            except (ValueError, TypeError) as error:
+                ticket.seat.set_exception(error)
+        for position, ticket in enumerate(self.waiting, start=1):
+            if ticket.position != position:
+                ticket.position = position
+                ticket.client.queued(position)
+
+    def _new_seat(self, wish: Wish) -> Seat:
+        worlds = getattr(self.pipe, "worlds", None)
+        prompt = wish.prompt if wish.prompt is not None else (worlds[0] if worlds else "")
+        seed = secrets.randbits(32) if wish.seed is None else wish.seed
+        seat = Seat(self.pipe, self.settings, prompt=prompt, seed=seed, mode=wish.mode)
+        seat.on_moment = None if self.vault is None else self.vault.put
+        self.seats.append(seat)
+        self.opened += 1
+        self.engine.add(seat)
+        self.engine.call(seat.find_nearest)
+        return seat
+
+    def find(self, secret: str | None) -> Seat | None:
+        """The seat that `secret` owns."""
+        return next((seat for seat in self.seats if secret and seat.owns(secret)), None)
+
+    async def revive(self, seat: Seat, saved: Saved) -> None:
+        """Let a new seat become what another server has saved."""
+        await asyncio.wrap_future(self.engine.call(lambda: seat.revive(saved)))
+
+    def attach(self, seat: Seat, client: Viewer) -> None:
+        """`client` sees this seat from now on. Whoever did so before is told."""
+        before, seat.viewer = seat.viewer, client
+        seat.touched = time.monotonic()
+        if before is not None and before is not client:
+            before.end(Close.TAKEN_OVER, "this session goes on in another window")
+        self.engine.wake()
+
+    def detach(self, seat: Seat, client: Viewer) -> None:
+        """The socket of `client` is gone; the seat waits for it a while."""
+        if seat.viewer is client:
+            seat.viewer, seat.due, seat.left = None, None, time.monotonic()
+
+    # Going out.
+
+    def close_seat(self, seat: Seat) -> None:
+        """End a session and give its place to the next. Harmless twice."""
+        if seat not in self.seats:
+            return
+        self.seats.remove(seat)
+        self.engine.remove(seat)
+        if seat.recording is not None:
+            asyncio.get_running_loop().run_in_executor(None, seat.recording.finish)
+        self.recordings.leave(seat.name)
+        if self.vault is not None:
+            self.vault.forget(seat.secret)
+        if self.engine.alive:
+            self.engine.call(seat.close)
+        else:
+            seat.close()
+        self._admit()
+
+    def _drop(self, seat: Seat, code: Close, message: str) -> None:
+        viewer, seat.viewer = seat.viewer, None
+        self.close_seat(seat)
+        if viewer is not None:
+            viewer.end(code, message)
+
+    def _failed(self, seat: Seat, error: Exception) -> None:
+        """Called on the engine's thread."""
+        assert self._loop is not None
+        message = f"the stream has failed: {str(error) or type(error).__name__}"
+        self._loop.call_soon_threadsafe(self._drop_failed, seat, message)
+
+    def _drop_failed(self, seat: Seat, message: str) -> None:
+        self.failures += 1
+        self._drop(seat, Close.FAILED, message[:300])
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.sweep(time.monotonic())
+
+    def sweep(self, now: float) -> None:
+        """Take back the places of those who left or fell asleep."""
+        for seat in list(self.seats):
+            if seat.viewer is None and now - seat.left > self.settings.grace_seconds:
+                self.close_seat(seat)
+            elif now - seat.touched > self.settings.idle_seconds:
+                self._drop(seat, Close.IDLE, f"nothing was touched for {self.settings.idle_seconds:g} seconds")
+        self.recordings.sweep()
+
+    def numbers(self) -> dict[str, Any]:
+        """How the server is doing, for /metrics."""
+        return {
+            "sessions": len(self.seats),
+            "max_sessions": self.settings.max_sessions,
+            "watched": sum(seat.viewer is not None for seat in self.seats),
+            "waiting": len(self.waiting),
+            "opened": self.opened,
+            "failures": self.failures,
+            "rounds": self.engine.rounds,
+            "steps": self.engine.steps,
+            "drawing": self.engine.alive,
+        }
