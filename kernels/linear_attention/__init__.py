@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import runs_triton
-from .reference import HEAD_CHUNK, chunked, recurrent
+from .reference import FRAME, chunked, recurrent
 
 __all__ = ["LinearState", "linear_attend"]
 
@@ -54,7 +54,7 @@ def linear_attend(
     and ARFlow's mixing (arXiv:2501.16085), with `normalize="query"` the attention of LINA (arXiv:2601.22630) and
     SANA-Video (arXiv:2509.24695), with `normalize="channel"` LightNet's additive recurrence (arXiv:2405.21022).
 
-    On CUDA and without gradients a Triton kernel runs for blocks of 1, and of 64 tokens or more; else PyTorch. Sums are
+    On CUDA and without gradients a Triton kernel runs for blocks of 1, and of 32 tokens or more; else PyTorch. Sums are
     kept in float32 (float64 for float64 inputs).
 
     Args:
@@ -103,7 +103,7 @@ def _run(
     """Out in `dtype` and the state, by the fastest form there is."""
     inputs = (q, k, v, g, state)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    by_kernel = runs_triton(q) and state.dtype == torch.float32 and (block == 1 or block >= HEAD_CHUNK)
+    by_kernel = runs_triton(q) and state.dtype == torch.float32 and (block == 1 or block >= FRAME)
     if by_kernel and not wants_gradient:
         return torch.ops.millstream.linear_attention(q, k, v, g, state, block, dtype)
     return _in_pytorch(q, k, v, g, state, block, dtype)
@@ -113,7 +113,7 @@ def _in_pytorch(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Scores inside chunks where blocks are small; where they are frames the recurrence alone costs less."""
-    out, state = (chunked if block < HEAD_CHUNK else recurrent)(q, k, v, g, state, block)
+    out, state = (chunked if block < FRAME else recurrent)(q, k, v, g, state, block)
     return out.to(dtype), state
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Tokens of a chunk in which scores are formed: longer for one gate per head, whose products are matrix products.
 HEAD_CHUNK, CHANNEL_CHUNK = 64, 16
+# Blocks of so many tokens, frames as a rule, are cheaper through their state alone than through scores.
+FRAME = 32
 
 
 def naive(

@@ -1,7 +1,7 @@
 """Linear attention in Triton, three kernels: what each part of the sequence adds, the states in between, the output.
 
 Everything but the middle runs over all parts at once. Causal by token, a part is a chunk of 64 tokens whose scores are
-formed as well; in blocks of 64 tokens or more (frames) no score is formed at all and a part is a piece of a block.
+formed as well; in blocks of 32 tokens or more (frames) no score is formed at all and a part is a piece of a block.
 Gates arrive summed from the start of each chunk, so only exponents of at most 0 are taken.
 """
 
@@ -163,7 +163,7 @@ def _read_kernel(
 def linear_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`reference.chunked` (block 1) or `reference.recurrent` (block >= 64), float32 inside; the output is `dtype`."""
+    """`reference.chunked` (block 1) or `reference.recurrent` (block >= 32), float32 inside; the output is `dtype`."""
     rows, length, heads, D = q.shape
     E = v.shape[-1]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
