@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..models.transformer import CausalTransformer3DModel, TextKeys
+from ..streaming.graphs import Recordings
 from ..streaming.kv_cache import KVCache, Rows
 
 
 class RowArena:
-    """The KV cache and the prompt keys of every row.
+    """The KV cache and the prompt keys of every row, and the steps that were recorded over them.
 
     Args:
         make_cache: a new cache of that many rows.
@@ -26,7 +27,9 @@ class RowArena:
         self.make_cache, self.transformer = make_cache, transformer
         self.cache = make_cache(1)
         self.text: list[tuple[Tensor, ...]] = []
+        self.silence: TextKeys | None = None  # keys of the empty prompt, once they are needed
         self.free = [0]
+        self.recordings = Recordings(self.cache.device)
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +64,7 @@ class RowArena:
         for row in range(count):
             self.cache.restore(row, old.snapshot(row))
         self.text = [tuple(torch.cat([part, part]) for part in layer) for layer in self.text]
+        self.recordings.forget()
         self.free = list(range(count, 2 * count))
 
     def read_prompt(self, row: int, tokens: Tensor) -> None:
