@@ -21,7 +21,8 @@ from millstream.kernels.linear_attention.triton import linear_attention_triton
 generator = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(shape, generator=generator)
 cases = [(1, 1, 2, 16, 16), (63, 1, 1, 16, 16), (130, 1, 2, 20, 5), (100, 1, 1, 80, 72), (70, 1, 1, 16, 1)]
-cases += [(65, 65, 1, 16, 24), (2 * 130, 130, 1, 20, 16), (300, 300, 2, 16, 70), (192, 64, 1, 66, 1), (144, 48, 1, 16, 16)]
+cases += [(65, 65, 1, 16, 24), (2 * 130, 130, 1, 20, 16), (300, 300, 2, 16, 70), (192, 64, 1, 66, 1)]
+cases += [(144, 48, 1, 16, 16)]
 for length, block, heads, D, E in cases:
     for channels in (None, 1, D):
         # strided views, as a joint projection of q, k and v gives them; values may be one repeated number
