@@ -1,4 +1,4 @@
-"""The one attention of the library: dense today by PyTorch's kernels, partial results merged by log-sum-exp."""
+"""The one attention of the library: dense by PyTorch's kernels, block-sparse by a plan, merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -10,9 +10,24 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .dense import attend_blocks, attend_dense, attend_dense_with_lse
+from .masks import BoxMask, Mask, RowMask, causal_frames, window_mask
+from .plan import BlockPlan, KVSummary, Permutation
+from .quantize import Quantize
 from .reference import merge_reference
+from .sparse import attend_plan
 
-__all__ = ["attend", "merge"]
+__all__ = [
+    "BlockPlan",
+    "BoxMask",
+    "KVSummary",
+    "Mask",
+    "Permutation",
+    "RowMask",
+    "attend",
+    "causal_frames",
+    "merge",
+    "window_mask",
+]
 
 
 @overload
@@ -20,9 +35,11 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    plan: BlockPlan | None = None,
     *,
     mask: Tensor | BlockMask | None = None,
     scale: float | None = None,
+    quantize: Quantize | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -30,35 +47,45 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    plan: BlockPlan | None = None,
     *,
     mask: Tensor | BlockMask | None = None,
     scale: float | None = None,
+    quantize: Quantize | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    plan: BlockPlan | None = None,
     *,
     mask: Tensor | BlockMask | None = None,
     scale: float | None = None,
+    quantize: Quantize | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention, `softmax(q k^T * scale) v`, over tokens-first tensors.
 
-    Without `return_lse` this is PyTorch's `scaled_dot_product_attention` on transposed views: no copy is made. With it
-    PyTorch's flash and memory-efficient kernels are asked for their log-sum-exp; where they cannot give it (a gradient
-    is wanted, an unusual head size, another device) a reference computes it over chunks of keys, in memory that does
-    not grow with their number.
+    With a plan only the key blocks that it lists are visited: by a Triton kernel on CUDA, and by a reference in plain
+    PyTorch elsewhere and where a gradient is wanted.
+
+    Without a plan this is PyTorch's `scaled_dot_product_attention` on transposed views: no copy is made. With
+    `return_lse` PyTorch's flash and memory-efficient kernels are asked for their log-sum-exp; where they cannot give it
+    (a gradient is wanted, an unusual head size, another device) a reference computes it over chunks of keys, in memory
+    that does not grow with their number.
 
     Args:
         q: queries [B, Lq, H, D], any floating dtype.
         k: keys [B, Lk, H, D], dtype and device of `q`. `Lk` may be 0.
         v: values, shaped like `k`.
-        mask: bool, broadcastable to [B, H, Lq, Lk]; True where a query sees a key. Keys that no query sees must
-            still be finite, since 0 * NaN is NaN. None: every query sees every key. Or FlexAttention's `BlockMask`,
-            which skips what is hidden; it is meant for compiled training and gives no log-sum-exp here.
+        plan: which key blocks each query block visits (see `BlockPlan` and `millstream.kernels.planners`).
+        mask: for dense attention, since a plan has its own: bool, broadcastable to [B, H, Lq, Lk]; True where a query
+            sees a key. Keys that no query sees must still be finite, since 0 * NaN is NaN. None: every query sees every
+            key. Or FlexAttention's `BlockMask`, which skips what is hidden; it is meant for compiled training and gives
+            no log-sum-exp here.
         scale: multiplies the scores; None means D ** -0.5.
+        quantize: "fp8" or "int8" multiplies in 8 bits, with a scale per block of the plan; refused without a plan.
         return_lse: also return the log-sum-exp of the scaled scores, so that `merge` can join this result to others.
 
     Returns:
@@ -66,10 +93,18 @@ def attend(
         natural logarithm. A query that sees no key gets output 0 and lse -inf.
 
     Raises:
-        ValueError: shapes that do not belong together. TypeError: dtypes that differ, or a mask that is not bool.
+        ValueError: shapes that do not belong together, or a plan made for others. TypeError: dtypes that differ, or a
+            mask that is not bool.
     """
     _check(q, k, v, mask)
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    if plan is not None:
+        if mask is not None:
+            raise ValueError("attend got a plan and a mask; put the mask into the plan, which alone says what is seen")
+        out, lse = attend_plan(q, k, v, plan, scale, quantize)
+        return (out, lse) if return_lse else out
+    if quantize is not None:
+        raise ValueError(f"quantize={quantize!r} needs a plan; BlockPlan.dense(...) visits every block")
     if isinstance(mask, BlockMask):
         if return_lse:
             raise TypeError("return_lse needs a bool mask, got a BlockMask")

@@ -1,0 +1,87 @@
+"""8-bit queries, keys and values for attention, one scale per tile (block of a plan) and head.
+
+INT8 (SageAttention, arXiv 2410.02367): queries and keys are INT8, values keep their type. Keys are smoothed first:
+their mean over the SEQUENCE is subtracted, which moves every score of a query by the same s q.k_mean; softmax does not see
+it, and the log-sum-exp gets it back. FP8: queries and keys are e4m3 with a scale per tile; values are e4m3 with a scale
+per channel, and lie with their keys next to one another, as Hopper's FP8 tensor cores want them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backend import runs_triton
+
+Quantize = Literal["fp8", "int8"]
+LARGEST = {"fp8": 448.0, "int8": 127.0}
+DTYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+EPSILON = 1e-12  # a block of zeros has scale 0 without it, and 0 / 0 is NaN
+
+
+class Quantized(NamedTuple):
+    """q, k [B, L, H, D] in 8 bits, scales [B, H, blocks]; v in 8 bits [B, H, D, L], scales [B, H, D], or as it was.
+
+    `mean_key` [B, H, D] is what was subtracted from the keys (INT8).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor | None
+    mean_key: Tensor | None
+
+
+def quantize_attention(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], how: Quantize) -> Quantized:
+    """Quantise q, k, v [B, L, H, D], tokens in slot order, for a plan of these blocks."""
+    mean_key = None
+    if how == "int8":
+        mean_key = k.mean(1, dtype=torch.float32)
+        q8, q_scale = quantize_tiles(q, block[0], how)
+        k8, k_scale = quantize_tiles(k, block[1], how, mean_key)
+        return Quantized(q8, k8, v, q_scale, k_scale, None, mean_key)
+    q8, q_scale = quantize_tiles(q, block[0], how)
+    k8, k_scale = quantize_tiles(k, block[1], how)
+    v_scale = v.abs().amax(1).float() / LARGEST[how] + EPSILON  # [B, H, D]
+    rows = -(-v.shape[1] // 16) * 16  # a tensor descriptor's rows start at multiples of 16 bytes
+    v8 = torch.zeros((v.shape[0], v.shape[2], v.shape[3], rows), dtype=DTYPE[how], device=v.device)
+    v8[..., : v.shape[1]] = (v / v_scale[:, None].to(v.dtype)).permute(0, 2, 3, 1).to(DTYPE[how])
+    return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, None)
+
+
+def quantize_tiles(x: Tensor, block: int, how: Quantize, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [B, L, H, D] less `mean` [B, H, D], in 8 bits, and each block of tokens' scale, float32 [B, H, blocks]."""
+    if runs_triton(x):
+        from .quantize_triton import quantize_tiles_triton
+
+        return quantize_tiles_triton(x, block, how, mean)
+    return quantize_tiles_reference(x, block, how, mean)
+
+
+def quantize_tiles_reference(x: Tensor, block: int, how: Quantize, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    tokens = x.shape[1]
+    x = x.float() if mean is None else x.float() - mean[:, None]
+    tiles = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -tokens % block)).unflatten(1, (-1, block))
+    scale = tiles.abs().amax((2, 4)) / LARGEST[how] + EPSILON  # [B, blocks, H]
+    tiles = tiles / scale[:, :, None, :, None]
+    tiles = tiles.round() if how == "int8" else tiles
+    return tiles.to(DTYPE[how]).flatten(1, 2)[:, :tokens], scale.transpose(1, 2).contiguous()
+
+
+def dequantize(quantized: Quantized, block: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, L, H, D] as the tensor cores see them: what the reference computes with."""
+    q, k = (
+        x.to(dtype) * scale.to(dtype).repeat_interleave(size, 2)[:, :, : x.shape[1]].transpose(1, 2).unsqueeze(-1)
+        for x, scale, size in (
+            (quantized.q, quantized.q_scale, block[0]),
+            (quantized.k, quantized.k_scale, block[1]),
+        )
+    )
+    v = quantized.v
+    if quantized.v_scale is not None:
+        v = (v.to(dtype) * quantized.v_scale.to(dtype)[..., None]).permute(0, 3, 1, 2)[:, : k.shape[1]]
+    return q, k, v.to(dtype)

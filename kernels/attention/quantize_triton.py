@@ -1,0 +1,48 @@
+"""One pass over a tensor that writes its 8-bit tiles and their scales."""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnbound=false  # Triton's language is read as Python, but it is another
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def _quantize_kernel(
+    x_ptr, out_ptr, scale_ptr, mean_ptr, sb, sl, sh, rows, blocks, heads, largest,
+    block: tl.constexpr, dim: tl.constexpr, has_mean: tl.constexpr, integer: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    at = tile * block + tl.arange(0, block)
+    known = (at < rows)[:, None]
+    channels = tl.arange(0, dim)
+    x_at = x_ptr + batch * sb + head * sh + at.to(tl.int64)[:, None] * sl + channels[None, :]
+    x = tl.load(x_at, mask=known, other=0.0).to(tl.float32)
+    if has_mean:
+        x = tl.where(known, x - tl.load(mean_ptr + pair * dim + channels)[None, :], 0.0)
+    scale = tl.max(tl.max(tl.abs(x), 1), 0) / largest + 1e-12
+    x = x / scale
+    if integer:
+        x = tl.floor(x + 0.5)
+    out_at = out_ptr + ((batch * rows + at.to(tl.int64)) * heads + head)[:, None] * dim + channels[None, :]
+    tl.store(out_at, x.to(out_ptr.dtype.element_ty), mask=known)
+    tl.store(scale_ptr + pair * blocks + tile, scale)
+
+
+def quantize_tiles_triton(x: Tensor, block: int, how: str, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `quantize_tiles`; blocks are powers of two."""
+    batch, rows, heads, dim = x.shape
+    blocks = triton.cdiv(rows, block)
+    dtype, largest = (torch.int8, 127.0) if how == "int8" else (torch.float8_e4m3fn, 448.0)
+    out = x.new_empty(x.shape, dtype=dtype)
+    scale = x.new_empty((batch, heads, blocks), dtype=torch.float32)
+    _quantize_kernel[(blocks, batch * heads)](
+        x, out, scale, mean, *x.stride()[:3], rows, blocks, heads, largest,
+        block=block, dim=dim, has_mean=mean is not None, integer=how == "int8",
+    )  # fmt: skip
+    return out, scale

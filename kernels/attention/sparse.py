@@ -1,0 +1,191 @@
+"""`attend` under a plan: what is asked is checked once, tokens are put in order, and a backend is chosen."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..backend import runs_triton
+from .masks import BoxMask, RowMask
+from .plan import BlockPlan, KVSummary
+from .quantize import Quantize, Quantized, dequantize, quantize_attention
+from .sparse_reference import attend_plan_reference
+
+HEAD_DIMS = (16, 32, 64, 128)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def attend_plan(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, quantize: Quantize | None
+) -> tuple[Tensor, Tensor]:
+    """Returns (out [B, L, H, D], lse float32 [B, H, L])."""
+    _check_plan(q, k, plan, scale, quantize)
+    if plan.permutation is not None and plan.permutation.k_source is not None:
+        k, v = (take_slots(x, plan.permutation.k_source) for x in (k, v))
+    summary = plan.summary
+    if plan.rest == "centroid" and summary is None:
+        lengths = None if plan.lengths is None else plan.lengths[1]
+        summary = KVSummary.of(
+            k, v, plan.block[1], lengths=lengths, table=plan.table, first_order=plan.first_order
+        )  # fmt: skip
+    fast = _runs_fast(q, k, v, plan)
+    if quantize is None:
+        return _triton(q, k, v, plan, summary, scale) if fast else _reference(q, k, v, plan, summary, scale)
+    eight = quantize_attention(q if fast else q.detach(), k.detach(), v.detach(), plan.block, quantize)
+    if eight.mean_key is not None and summary is not None:
+        shifted = summary.key - eight.mean_key[:, :, None].to(summary.key.dtype)
+        summary = KVSummary(shifted, summary.value, summary.count, summary.slope)
+    if fast:
+        out, lse = _triton(eight.q, eight.k, eight.v, plan, summary, scale, eight, q.dtype)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        parts = dequantize(eight, plan.block, wide)
+        out, lse = attend_plan_reference(*parts, plan, summary, scale, round_p=quantize == "fp8")
+        out = out.to(q.dtype)
+    if eight.mean_key is not None:
+        lse = lse + scale * torch.einsum("blhd,bhd->bhl", q.float(), eight.mean_key)
+    return out, lse
+
+
+def take_slots(x: Tensor, source: Tensor) -> Tensor:
+    """x [B, L, H, D] in slot order [B, slots, H, D]; padding holds another token, which the plan's lengths hide."""
+    batch, tokens, heads, dim = x.shape
+    if source.shape[0] == source.shape[1] == 1:
+        return x.index_select(1, source[0, 0].clamp_min(0).long())
+    source = source.expand(batch, heads, -1).transpose(1, 2)  # [B, slots, H]
+    base = torch.arange(batch, device=x.device)[:, None, None] * tokens
+    token = (base + source.clamp_min(0)) * heads + torch.arange(heads, device=x.device)
+    return x.reshape(-1, dim).index_select(0, token.flatten()).view(*source.shape, dim)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, summary: KVSummary | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return attend_plan_reference(q, k, v, plan, summary, scale)
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    summary: KVSummary | None,
+    scale: float,
+    eight: Quantized | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    from .launch import operator
+
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever its tensors are
+        return operator(*operands(q, k, v, plan, summary, scale, eight, dtype))
+
+
+def operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    summary: KVSummary | None,
+    scale: float,
+    eight: Quantized | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple:
+    """What `launch.attend_blocks` takes: the plan's tensors as the kernel walks them."""
+    batch, heads = q.shape[0], q.shape[2]
+    indices, places = plan.indices, None
+    if plan.table is not None:
+        # Looked up here, for Triton cannot load ahead through two tables.
+        table = plan.table.long()[:, None, None].expand(-1, indices.shape[1], indices.shape[2], -1)
+        spread = indices.expand(max(table.shape[0], indices.shape[0]), -1, -1, -1).long()
+        places = table.expand(spread.shape[0], -1, -1, -1).gather(-1, spread).to(torch.int32)
+    bias = plan.bias
+    if bias is not None and bias.ndim == 3:
+        bias = bias[:, :, None]
+    box = plan.mask if isinstance(plan.mask, BoxMask) else None
+    bits = plan.mask.bits.contiguous() if isinstance(plan.mask, RowMask) else None
+    low, high = (None, None) if box is None else (box.low.contiguous(), box.high.contiguous())
+    mean_k = mean_v = log_count = listed = slope = None
+    if plan.rest == "centroid":
+        assert summary is not None
+        kind = dtype or q.dtype
+        mean_k, mean_v = (x.to(kind).contiguous() for x in (summary.key, summary.value))
+        blocks = mean_k.shape[2]
+        log_count = summary.count.float().log().expand(batch, heads, -1).contiguous()
+        listed = plan.listed(blocks).expand(batch, heads, -1, -1).to(torch.uint8).contiguous()
+        slope = None if summary.slope is None else summary.slope.to(kind).contiguous()
+    source = None if plan.permutation is None else plan.permutation.q_source
+    lengths = plan.lengths or (None, None)
+    return (
+        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k)), v if v.stride(-1) == 1 else v.contiguous(),
+        _row_major(indices), _row_major(plan.n_full), _row_major(plan.n_masked), places,
+        *(None if x is None else _row_major(x) for x in lengths), None if bias is None else bias.contiguous(),
+        None if source is None else _row_major(source), low, high, None if box is None else box.at.contiguous(), bits,
+        mean_k, mean_v, log_count, listed, slope,
+        None if eight is None else eight.q_scale, None if eight is None else eight.k_scale,
+        None if eight is None else eight.v_scale,
+        scale, plan.block[0], plan.block[1], -(2**31 - 2) if box is None else box.sinks, dtype or q.dtype,
+    )  # fmt: skip
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """Broadcast dimensions may stay, but each list must lie in one piece."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _runs_fast(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> bool:
+    if not runs_triton(q):
+        return False
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False  # the kernel has no backward; the reference is differentiable, and compiles
+    if k.shape[1] == 0 or q.shape[1] == 0:
+        return False
+    why = _refusal(q.device, q.dtype, q.shape[-1], plan.block)
+    if why:
+        _say_once(f"block-sparse Triton kernel needs {why}; using the reference")
+    return not why
+
+
+def _refusal(device: torch.device, dtype: torch.dtype, dim: int, block: tuple[int, int]) -> str:
+    """Why the Triton kernel cannot serve, or nothing."""
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "compute capability 8.0 or newer, got {}.{}".format(*torch.cuda.get_device_capability(device))
+    if dtype not in TRITON_DTYPES:
+        return f"float16, bfloat16 or float32, got {dtype}"
+    if dim not in HEAD_DIMS:
+        return f"a head size of {', '.join(map(str, HEAD_DIMS))}, got {dim}"
+    if block[0] % 64 or block[1] % 64:
+        return f"blocks that are multiples of 64, got {block}"
+    return ""
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _check_plan(q: Tensor, k: Tensor, plan: BlockPlan, scale: float, quantize: Quantize | None) -> None:
+    if not scale > 0:
+        raise ValueError(f"attend under a plan wants a scale above 0, got {scale}; negate q instead")
+    if quantize not in (None, "fp8", "int8"):
+        raise ValueError(f"quantize must be None, 'fp8' or 'int8', got {quantize!r}")
+    if quantize is not None and plan.permutation is not None and plan.permutation.q_source is not None:
+        raise ValueError(
+            "quantize takes its scales per block of neighbouring tokens, so it wants tokens that lie in the plan's "
+            "order: permute q, k and v first and give the plan without its permutation"
+        )
+    if plan.indices.device != q.device:
+        raise ValueError(f"the plan lies on {plan.indices.device} and q on {q.device}; make the plan on q's device")
+    permuted = plan.permutation is not None
+    if not (permuted and plan.permutation.q_source is not None):  # type: ignore[union-attr]
+        wanted = -(-q.shape[1] // plan.block[0])
+        if plan.query_blocks != wanted:
+            raise ValueError(
+                f"the plan has {plan.query_blocks} query blocks of {plan.block[0]}, but {q.shape[1]} queries make "
+                f"{wanted}; make the plan for this length"
+            )
+    for name, size, full in (("rows", plan.indices.shape[0], q.shape[0]), ("heads", plan.indices.shape[1], q.shape[2])):
+        if size not in (1, full):
+            raise ValueError(f"the plan is for {size} {name}, q has {full}; it must be for 1 or {full}")
