@@ -31,17 +31,24 @@ def _norm_rotary_kernel(
 ):
     to, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = tl.load(order + to).to(tl.int64) if permuted else to.to(tl.int64)
-    pair = tl.arange(0, pairs)
-    place = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
-    value = tl.load(x + row * x_row + token * x_token + place, mask=place < width, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(value * value, axis=1), axis=0) / width
-    value *= tl.rsqrt(mean + eps) * tl.load(weight + place, mask=place < width, other=0.0).to(tl.float32)
-    even, odd = tl.split(value)
-    turn = row * cos_row + token * cos_token + pair % half
-    c = tl.load(cos + turn, mask=2 * pair < width, other=0.0)
-    s = tl.load(sin + turn, mask=2 * pair < width, other=0.0)
-    turned = tl.join(even * c - odd * s, even * s + odd * c)
-    tl.store(out + (row * tokens + to) * width + place, turned.to(out.dtype.element_ty), mask=place < width)
+    at = tl.arange(0, 2 * pairs)
+    inside = at < width
+    value = tl.load(x + row * x_row + token * x_token + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(value * value, axis=0) / width
+    value *= tl.rsqrt(mean + eps) * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, (pairs, 2)))
+    cos += row * cos_row + token * cos_token
+    sin += row * cos_row + token * cos_token
+    if half & (half - 1):
+        pair = tl.arange(0, pairs)
+        c = tl.load(cos + pair % half, mask=2 * pair < width, other=0.0)
+        s = tl.load(sin + pair % half, mask=2 * pair < width, other=0.0)
+    else:  # whole heads: each angle is read once
+        even, odd = tl.reshape(even, (pairs // half, half)), tl.reshape(odd, (pairs // half, half))
+        c = tl.load(cos + tl.arange(0, half))[None, :]
+        s = tl.load(sin + tl.arange(0, half))[None, :]
+    turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (2 * pairs,))
+    tl.store(out + (row * tokens + to) * width + at, turned.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
