@@ -28,7 +28,8 @@ def modules() -> set[str]:
 
 
 def assets() -> set[str]:
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "assets").rglob("*") if path.is_file()}
+    folders = (ROOT / "assets", ROOT / "ui" / "page" / "static")
+    return {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
 def test_packages_are_the_directories() -> None:

@@ -1,0 +1,115 @@
+"""What Generate does: words, an image or a video become an mp4. The pipeline's own stream, drained under a progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..keys import KeyScript
+from ..world import VIDEO_SCALE, check_prompt
+from .uploads import read_pictures
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRequest:
+    """A clip as asked for.
+
+    Attributes:
+        prompt: the scene in words.
+        num_frames: frames to draw, at least 1.
+        seed: same seed, keys and upload, same clip; from 0 to 2**63 - 1.
+        num_inference_steps: sampler steps per frame; None for the model's own.
+        guidance_scale: above 1 follows the prompt harder at twice the cost.
+        keys: a key script such as "KeyW*40 ArrowLeft*20", for worlds.
+        upload: an image or a video that the clip goes on from.
+    """
+
+    prompt: str
+    num_frames: int
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float = 1.0
+    keys: str = ""
+    upload: Path | None = None
+
+
+def make_clip(
+    pipe: Any, request: ClipRequest, output: Path, *, most: int, progress: Callable[[int, int], object]
+) -> tuple[int, float]:
+    """Draw `request` with `pipe` into the mp4 at `output`.
+
+    An uploaded picture is shown to the world before it draws; of a video, the last second or so that the world can
+    remember. The clip begins with what was shown.
+
+    Args:
+        pipe: has `stream`, `rate`, `size` and, for a world, `key_map`.
+        most: frames at most.
+        progress: called with (frames done, frames in all) after each.
+
+    Returns:
+        Frames in the clip, and seconds it took to draw them.
+
+    Raises:
+        ValueError, TypeError: something in `request` is out of range; says what, and the range.
+    """
+    from ...streaming import Frame, Recorder
+
+    if not 1 <= request.num_frames <= most:
+        raise ValueError(f"frames must be from 1 to {most}, got {request.num_frames}")
+    if not 0 <= request.seed <= MAX_SEED:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {request.seed}")
+    prompt = check_prompt(request.prompt)
+    held = _keys(pipe, request.keys)
+    shown = []
+    if request.upload is not None:
+        shown = read_pictures(request.upload, size=pipe.size, rate=pipe.rate, most=pipe.window.frames)
+    total = len(shown) + request.num_frames
+    generator = torch.Generator().manual_seed(request.seed)
+    start = time.monotonic()
+    with (
+        pipe.stream(
+            prompt,
+            generator=generator,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+        ) as session,
+        Recorder(output, rate=pipe.rate, scale=VIDEO_SCALE) as recorder,
+    ):
+        for picture in shown:
+            for chunk in session.step(Frame(picture, time.monotonic())):
+                recorder.write(chunk)
+            progress(recorder.frames, total)
+        while recorder.frames < total:
+            if held is not None:
+                session.steer(keys=next(held))
+            for chunk in session.step():
+                recorder.write(chunk)
+            progress(recorder.frames, total)
+    return recorder.frames, time.monotonic() - start
+
+
+def _keys(pipe: Any, script: str) -> Iterator[frozenset[str]] | None:
+    """The keys held in each frame; None where the model has none."""
+    key_map = getattr(pipe, "key_map", None)
+    if key_map is None:
+        if script.strip():
+            raise ValueError("this model has no keys; leave the key script empty")
+        return None
+    return iter(KeyScript.parse(script, key_map))
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` clips of `folder`."""
+    clips = sorted(folder.glob("*.mp4"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for clip in islice(clips, keep, None):
+        with suppress(FileNotFoundError):
+            clip.unlink()

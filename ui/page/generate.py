@@ -1,0 +1,103 @@
+"""The Generate form: text, image or video to clip, with progress and download."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from .clips import ClipRequest, make_clip, remove_old
+from .settings import PageSettings
+
+KEPT_CLIPS = 20
+FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".mp4", ".mov", ".webm", ".mkv"]
+EXAMPLE_KEYS = "KeyW*40 ArrowLeft*20"
+
+
+def add_generate(gr: Any, settings: PageSettings) -> None:
+    """Put the form into the Blocks that are being built. `gr` is Gradio, which only the page's users import."""
+    with gr.Column(elem_id="ms-generate"):
+        if settings.pipeline is None:
+            gr.HTML("<p class='ms-empty'>This server draws live pictures only. Clips need a model that it owns.</p>")
+            return
+        with gr.Row(elem_classes="ms-generate-columns"):
+            with gr.Column(elem_classes="ms-form", min_width=280):
+                inputs = _inputs(gr)
+                with gr.Row():
+                    go = gr.Button("Draw the clip", variant="primary", elem_id="ms-draw")
+                    stop = gr.Button("Stop", elem_id="ms-draw-stop")
+            with gr.Column(elem_classes="ms-result", min_width=280):
+                clip = gr.Video(label="Clip", autoplay=True, loop=True, interactive=False, elem_id="ms-clip")
+                told = gr.HTML(elem_id="ms-clip-told", apply_default_css=False)
+                download = gr.DownloadButton("Download", interactive=False, elem_id="ms-clip-download")
+        drawing = go.click(
+            _drawer(gr, settings), inputs, [clip, told, download], concurrency_limit=1, api_name="generate"
+        )
+        stop.click(None, cancels=[drawing], api_visibility="private")
+
+
+def _inputs(gr: Any) -> list[Any]:
+    prompt = gr.Textbox(
+        label="Prompt", placeholder="a brick corridor with soldiers", lines=2, max_length=2000, elem_id="ms-clip-prompt"
+    )
+    upload = gr.File(
+        label="Begin from an image or a video (optional)",
+        file_types=FILE_TYPES,
+        type="filepath",
+        height=132,
+        elem_classes="ms-upload",
+    )
+    keys = gr.Textbox(
+        label="Keys", value=EXAMPLE_KEYS, info="KEY*FRAMES, repeated to the end; - is no key", max_length=4000
+    )
+    with gr.Row():
+        frames = gr.Number(label="Frames", value=70, precision=0, minimum=1, elem_id="ms-clip-frames")
+        seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="ms-clip-seed")
+    with gr.Row():
+        steps = gr.Number(label="Steps per frame", value=0, precision=0, minimum=0, info="0 is the model's own")
+        guidance = gr.Number(label="Guidance", value=1.0, minimum=0, maximum=100, info="1 is off")
+    return [prompt, upload, keys, frames, seed, steps, guidance]
+
+
+def _drawer(gr: Any, settings: PageSettings) -> Any:
+    folder = Path(tempfile.mkdtemp(prefix="millstream-clips-"))
+    pipeline = settings.pipeline
+    assert pipeline is not None, "the form is only built with a pipeline"
+
+    def draw(
+        prompt: str,
+        upload: str | None,
+        keys: str,
+        frames: float,
+        seed: float,
+        steps: float,
+        guidance: float,
+        progress: Any = gr.Progress(),  # noqa: B008  (how Gradio is asked for one)
+    ) -> tuple[str, str, Any]:
+        pipe = pipeline()
+        output = folder / f"millstream-{uuid.uuid4().hex[:12]}.mp4"
+        try:
+            request = ClipRequest(
+                prompt=prompt,
+                num_frames=int(frames),
+                seed=int(seed),
+                num_inference_steps=int(steps) or None,
+                guidance_scale=float(guidance),
+                keys=keys,
+                upload=Path(upload) if upload else None,
+            )
+            drawn, seconds = make_clip(
+                pipe,
+                request,
+                output,
+                most=max(1, int(settings.clip_seconds * pipe.rate)),
+                progress=lambda done, total: progress((done, total), desc="drawing", unit="frames"),
+            )
+        except (ValueError, TypeError, OSError) as error:
+            raise gr.Error(f"{error}", title="This clip can't be drawn", print_exception=False) from error
+        remove_old(folder, KEPT_CLIPS)
+        told = f"{drawn} frames, {drawn / pipe.rate:.1f} s, drawn at {drawn / seconds:.1f} frames/s"
+        return str(output), f"<p>{told}</p>", gr.DownloadButton(value=str(output), interactive=True)
+
+    return draw

@@ -1,0 +1,144 @@
+// The camera, or a video file in its place: pictures go out at the model's pace, one unanswered at a time.
+
+import { packCamera } from "./wire.js";
+
+const LOST_AFTER = 2_000; // an answer that has not come by then will not; go on with the newest picture
+const QUALITY = 0.82;
+const LARGEST = 1024; // pixels of the longer side that is sent
+
+export class Camera {
+  /** `before` is the canvas that shows the picture which the newest answer answers. */
+  constructor(live, before) {
+    this.live = live;
+    this.before = before;
+    this.video = document.createElement("video");
+    this.video.muted = true;
+    this.video.playsInline = true;
+    this.video.loop = true;
+    this.canvas = document.createElement("canvas");
+    this.pending = null; // {time, bitmap}
+    this.due = 0;
+    this.single = false; // one picture is wanted while the stream is paused
+    this.url = null;
+  }
+
+  get ready() {
+    return this.video.readyState >= 2 && this.video.videoWidth > 0;
+  }
+
+  /** Ask for the camera. Throws an Error whose message says what to do. */
+  async openCamera() {
+    if (!navigator.mediaDevices?.getUserMedia) {
+      throw new Error("The browser gives a camera only to localhost and to HTTPS pages. Open this page that way.");
+    }
+    let stream;
+    try {
+      stream = await navigator.mediaDevices.getUserMedia({ video: { width: 640, height: 480 }, audio: false });
+    } catch (error) {
+      throw new Error(cameraTrouble(error));
+    }
+    this.release();
+    stream.getVideoTracks()[0].addEventListener("ended", () => this.onended?.());
+    this.video.srcObject = stream;
+    await this.play();
+  }
+
+  async openFile(file) {
+    this.release();
+    this.url = URL.createObjectURL(file);
+    this.video.src = this.url;
+    try {
+      await this.play();
+    } catch {
+      this.release();
+      throw new Error(`${file.name} is not a video that this browser can play.`);
+    }
+  }
+
+  async play() {
+    await this.video.play();
+    this.next();
+  }
+
+  release() {
+    this.video.pause();
+    this.video.srcObject?.getTracks().forEach((track) => track.stop());
+    this.video.srcObject = null;
+    this.video.removeAttribute("src");
+    this.video.load();
+    if (this.url) URL.revokeObjectURL(this.url);
+    this.url = null;
+    this.forget();
+  }
+
+  forget() {
+    this.pending?.bitmap.close();
+    this.pending = null;
+    this.due = 0;
+  }
+
+  next() {
+    const look = () => this.look();
+    if (this.video.requestVideoFrameCallback) this.video.requestVideoFrameCallback(look);
+    else requestAnimationFrame(look);
+  }
+
+  /** The source has a new picture: send it if the model can take one. */
+  look() {
+    if (!this.video.srcObject && !this.url) return;
+    this.next();
+    const now = performance.now();
+    if (this.pending && now - this.pending.time > LOST_AFTER) this.forget();
+    const wanted = this.live.mode === "camera" && (this.live.running || this.single);
+    if (!wanted || !this.live.connection.isOpen || this.pending || this.busy || now < this.due || this.live.connection.backlog) return;
+    const period = 1000 / this.live.welcome.rate;
+    this.due = Math.max(this.due + period, now - period);
+    this.single = false;
+    this.capture(now);
+  }
+
+  async capture(time) {
+    this.busy = true;
+    try {
+      this.draw();
+      const bitmap = await createImageBitmap(this.canvas);
+      const picture = await new Promise((resolve) => this.canvas.toBlob(resolve, "image/jpeg", QUALITY));
+      this.pending = { time, bitmap };
+      this.live.connection.sendBinary(packCamera(time, picture));
+    } finally {
+      this.busy = false;
+    }
+  }
+
+  /** Cut the picture to the model's shape around the middle. */
+  draw() {
+    const [height, width] = this.live.welcome.size;
+    const scale = Math.min(1, LARGEST / Math.max(height, width));
+    this.canvas.width = Math.round(width * scale);
+    this.canvas.height = Math.round(height * scale);
+    const { videoWidth, videoHeight } = this.video;
+    const part = Math.min(videoWidth / width, videoHeight / height);
+    const [w, h] = [width * part, height * part];
+    const context = this.canvas.getContext("2d", { alpha: false });
+    context.imageSmoothingQuality = "high";
+    const { width: cw, height: ch } = this.canvas;
+    context.drawImage(this.video, (videoWidth - w) / 2, (videoHeight - h) / 2, w, h, 0, 0, cw, ch);
+  }
+
+  /** The answer to the picture captured at `time` is on the canvas. */
+  answered(time) {
+    if (!this.pending || Math.abs(this.pending.time - time) > 0.5) return;
+    const { bitmap } = this.pending;
+    this.before.width = bitmap.width;
+    this.before.height = bitmap.height;
+    this.before.getContext("2d").drawImage(bitmap, 0, 0);
+    this.forget();
+  }
+}
+
+function cameraTrouble(error) {
+  if (error.name === "NotAllowedError") return "The camera was not allowed. Allow it in the address bar, then try again.";
+  if (error.name === "NotFoundError") return "No camera was found. Plug one in, or choose a video file.";
+  if (error.name === "NotReadableError") return "Another program holds the camera. Close it, then try again.";
+  return `The camera did not start: ${error.message}`;
+}
