@@ -1,5 +1,8 @@
 """The elementwise ops of a transformer block in Triton: one program per token, every value read and written once."""
 
+# Triton annotates what it turns into a constexpr, and strides are passed as tuples:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

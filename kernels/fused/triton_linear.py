@@ -1,5 +1,8 @@
 """A quantised matrix product in Triton that scales back, adds the bias and rounds where it would write anyway."""
 
+# Triton annotates what it turns into a constexpr, and strides are passed as tuples:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -5,6 +5,9 @@ formed as well; in blocks of 32 tokens or more (frames) no score is formed at al
 Gates arrive summed from the start of each chunk, so only exponents of at most 0 are taken.
 """
 
+# Triton annotates what it turns into a constexpr, and strides are passed as tuples:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

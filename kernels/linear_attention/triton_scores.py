@@ -1,5 +1,8 @@
 """The two Triton kernels of token-causal linear attention that form scores, inside chunks of 64 tokens."""
 
+# Triton annotates what it turns into a constexpr, and strides are passed as tuples:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import triton
