@@ -260,3 +260,111 @@ def test_warmup_where_nothing_is_recorded_changes_nothing(make, seeded):
     warm.warmup(num_inference_steps=1)
     for one, other in zip(played(warm, seeded, alone), played(cold, seeded, alone), strict=True):
         assert torch.equal(one, other)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def on_gpu(make):
+    """The same on a GPU, with real graphs."""
+
+    def made(patience=1, dtype=torch.float32, **options):
+        pipe = make(**options).to("cuda", dtype)
+        pipe.arena.recordings = Recordings(pipe.device, patience=patience)
+        return pipe
+
+    return made
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("play", SCRIPTS, ids=lambda play: play.__name__)
+def test_cuda_graphs_draw_what_the_steps_draw(on_gpu, seeded, play, dtype):
+    recorded, plain = on_gpu(1, dtype), on_gpu(10**9, dtype)
+    for one, other in zip(played(recorded, seeded, play), played(plain, seeded, play), strict=True):
+        assert torch.equal(one, other)
+    assert len(recorded.arena.recordings) > 2
+    assert None not in recorded.arena.recordings._replays.values(), "nothing was refused"
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("play", SCRIPTS, ids=lambda play: play.__name__)
+def test_a_gpu_draws_what_a_cpu_draws(on_gpu, make, seeded, play):
+    assert not torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, before = False, torch.backends.cudnn.allow_tf32
+    try:
+        drawn = played(on_gpu(2), seeded, play)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    for one, other in zip(drawn, played(make(), seeded, play), strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=2e-3)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_nothing_is_allocated_or_recorded_after_the_warmup(on_gpu, seeded):
+    pipe = on_gpu(3)
+    pipe.warmup()
+    recordings = len(pipe.arena.recordings)
+    session = pipe.stream("a cave", generator=seeded())
+
+    def drawn(count):
+        for number in range(count):
+            session.steer(keys={"KeyW"} if number % 2 else set(), prompt=PROMPTS[number // 50 % 3])
+            session.step()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    early = drawn(100)
+    assert drawn(400) == early
+    assert len(pipe.arena.recordings) == recordings
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_host_does_not_wait_for_the_gpu_while_drawing(on_gpu, seeded):
+    pipe = on_gpu(2)
+    pipe.warmup()
+    session = pipe.stream("a cave", generator=seeded())
+    for _ in range(8):
+        session.step()
+    state, control = session.state, session.control
+    with torch.no_grad():
+        actions = torch.zeros(1, 1, 7, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            chunk = pipe.arena.cache.open([state.row])
+            latents = pipe.draw([state], chunk, actions, control)
+            pipe.remember([state], latents, chunk, actions)
+            pipe.decode(latents)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_other_threads_may_use_the_gpu_while_a_step_is_recorded(on_gpu, seeded):
+    from threading import Event, Thread
+
+    done, errors = Event(), []
+
+    def busy():
+        try:
+            while not done.is_set():
+                torch.rand(256, 256, device="cuda").sum().item()
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = Thread(target=busy)
+    thread.start()
+    try:
+        frames = played(on_gpu(1), seeded, alone)
+    finally:
+        done.set()
+        thread.join()
+    assert not errors
+    for one, other in zip(frames, played(on_gpu(10**9), seeded, alone)):
+        assert torch.equal(one, other)
