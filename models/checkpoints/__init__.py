@@ -1,0 +1,14 @@
+"""Weights as they are published: every dialect is told by what is in the file, and what does not fit is refused."""
+
+from .dialects import Checkpoint, open_checkpoint
+from .load import load_text_encoder, load_transformer, load_vae
+from .lora import merge_lora
+
+__all__ = [
+    "Checkpoint",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "merge_lora",
+    "open_checkpoint",
+]

@@ -1,0 +1,93 @@
+"""Reading weight files, told apart by their first bytes. Nothing that a file contains is ever run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX = "*.safetensors.index.json"
+
+
+def read_weights(source: str | Path) -> dict[str, Any]:
+    """What a file or a folder of weights holds, as stored: tensors by name, possibly nested in dictionaries.
+
+    Tensors are mapped from the disk where the format allows it, so that nothing is read before it is used.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no weights in the folder.
+        ValueError: the file is damaged, of an unknown kind, or holds more than tensors; the folder holds several files.
+    """
+    source = Path(source).expanduser()
+    if source.is_dir():
+        return _read_folder(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no weight file {source}")
+    with source.open("rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{":
+        return _read_safetensors(source)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return _read_torch(source, mapped=start[:2] == b"PK")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{source} is only a Git LFS pointer; fetch the file itself with: git lfs pull")
+    raise ValueError(f"{source} is neither a safetensors nor a PyTorch file; fetch it again")
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    indices = sorted(folder.glob(INDEX))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".pt", ".pth", ".bin"))
+    if len(indices) == 1:
+        return _read_shards(indices[0])
+    if len(files) == 1 and not indices:
+        return read_weights(files[0])
+    if not files:
+        raise FileNotFoundError(f"there are no weights in the folder {folder}")
+    found = ", ".join(path.name for path in [*indices, *files][:6])
+    raise ValueError(f"{folder} holds several weight files ({found}); name the one to load")
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is no index of weight files; fetch it again") from None
+    if outside:
+        raise ValueError(f"{index} points outside its folder: {outside[0]}")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index.parent} lacks {len(missing)} of {len(names)} files: {', '.join(missing)}")
+    weights: dict[str, Any] = {}
+    for name in names:
+        weights |= _read_safetensors(index.parent / name)
+    return weights
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or was cut short ({error}); fetch it again") from None
+
+
+def _read_torch(path: Path, *, mapped: bool) -> dict[str, Any]:
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} holds more than tensors, which could run code, and is refused ({reason}); take safetensors, "
+            "or save its tensors again from a place you trust"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or was cut short ({str(error).splitlines()[0]}); fetch it again") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds a {type(stored).__name__}, not tensors by name")
+    return stored
