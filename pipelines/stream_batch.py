@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import philox_normal
 from ..samplers.rules import Euler, Renoise
 from ..streaming import Chunk
+from ..streaming.kv_cache import KVChunk
 from .world_state import Flight, FlyingFrame, WorldState
-from .world_video import PictureDrawer
+from .world_video import PictureDrawer, columns
 
 
 class StreamBatch(PictureDrawer):
@@ -49,7 +49,7 @@ class StreamBatch(PictureDrawer):
         if state.flight is None:
             state.flight = self.take_off(state, levels)
         frame.number = state.frame + len(state.flight.frames)
-        noise = self._fresh([(state.seed, frame.number, 0)], frame.latents[None])[0]
+        (noise,) = self._fresh(torch.tensor([[state.seed], [frame.number]], device=self.arena.device), [0])
         frame.latents = self.scheduler.add_noise(frame.latents, noise, frame.sigmas[0])
         state.flight.frames.append(frame)
         return landed
@@ -95,31 +95,36 @@ class StreamBatch(PictureDrawer):
                 yield state, self._finish(state, flight.frames.pop(0), picture)
 
     def _move(self, flying: Sequence[tuple[WorldState, Flight, FlyingFrame]]) -> None:
-        frames, device = [frame for _, _, frame in flying], self.arena.device
+        frames = [frame for _, _, frame in flying]
+        steps = tuple(frame.step for frame in frames)
+        silence = self._silence(len(frames)) if any(frame.guidance_scale != 1 for frame in frames) else None
+
+        def moved(
+            chunk: KVChunk, numbers: Tensor, x: Tensor, actions: Tensor, levels: Tensor, weights: Tensor
+        ) -> Tensor:
+            sigma, sigma_next = levels.unbind()
+            flow = self.guided_flow(x, sigma, self.arena.prompts(chunk.rows), silence, chunk, actions, weights)
+            fresh = self._fresh(numbers, [step + 1 for step in steps]) if self.scheduler.needs_noise else None
+            x, _ = self.scheduler.step(x, flow, sigma, sigma_next, noise=fresh)
+            chunk.advance()
+            return x
+
         chunk = self.arena.cache.open([flight.rows[frame.step] for _, flight, frame in flying])
-        sigma, sigma_next = self._columns([frame.sigmas[frame.step : frame.step + 2] for frame in frames])
-        actions = torch.tensor([frame.action for frame in frames], device=device, dtype=self.arena.dtype)[:, None]
-        scales = None
-        if any(frame.guidance_scale != 1 for frame in frames):
-            scales = torch.tensor([frame.guidance_scale for frame in frames], device=device)[:, None, None, None, None]
-        x = torch.stack([frame.latents for frame in frames])
-        flow = self.guided_flow(x, sigma, self.arena.prompts(chunk.rows), chunk, actions, scales)
-        fresh = None
-        if self.scheduler.needs_noise:
-            fresh = self._fresh([(state.seed, frame.number, frame.step + 1) for state, _, frame in flying], x)
-        x, _ = self.scheduler.step(x, flow, sigma, sigma_next, noise=fresh)
-        chunk.commit()
-        for frame, latents in zip(frames, x):
+        inputs = [
+            torch.tensor([[state.seed for state, _, _ in flying], [frame.number for frame in frames]]),
+            torch.stack([frame.latents for frame in frames]),
+            torch.tensor([frame.action for frame in frames], dtype=self.arena.dtype)[:, None],
+            columns([frame.sigmas[frame.step : frame.step + 2] for frame in frames]),
+            columns([[frame.guidance_scale] for frame in frames])[0],
+        ]
+        drawn = self._run(("move", steps, self.scheduler.rule, silence is not None), moved, chunk, inputs)
+        chunk.count()
+        for frame, latents in zip(frames, drawn):
             frame.latents, frame.step = latents, frame.step + 1
 
-    def _fresh(self, draws: Sequence[tuple[int, int, int]], like: Tensor) -> Tensor:
-        """Noise of each (seed, frame, step), as `draw` would take it, in the shape of `like` [B, C, 1, h, w]."""
-        fresh = torch.empty_like(like)
-        for step in {step for *_, step in draws}:
-            rows = [row for row, draw in enumerate(draws) if draw[2] == step]
-            seed, number = torch.tensor([draws[row][:2] for row in rows], device=like.device).unbind(1)
-            fresh[rows] = philox_normal(seed, number, step, tuple(like.shape[1:]))
-        return fresh
+    def _fresh(self, numbers: Tensor, draws: Sequence[int]) -> Tensor:
+        """Noise [B, C, 1, h, w] as `draw` would take it: for each (seed, frame) in `numbers` [2, B] its own draw."""
+        return torch.cat([self._noise_of(numbers[:, row : row + 1], draw) for row, draw in enumerate(draws)])
 
     def _finish(self, state: WorldState, frame: FlyingFrame, picture: Tensor) -> Chunk:
         state.latents = frame.latents[:, 0]

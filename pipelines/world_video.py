@@ -57,34 +57,42 @@ class PictureDrawer(FrameDrawer):
         levels: Sequence[Sequence[float]],
     ) -> Tensor:
         """As `draw`, from pictures: each at levels of its own, as many for all. Latents [B, C, 1, h, w]."""
-        rule, text = self.scheduler.rule, self.arena.prompts(chunk.rows)
-        scale = None if guidance_scale == 1 else guidance_scale
-        columns = self._columns(levels)
-        x = self.scheduler.add_noise(self.encode(pictures).float(), self._noise(states, 0), columns[0])
-        memory, last = None, len(columns) - 2
-        for step, (sigma, sigma_next) in enumerate(pairwise(columns)):
-            fresh = self._noise(states, step + 1) if rule.needs_noise and step < last else None
-            target = sigma_next if step < last else 0.0
-            for at in (sigma, sigma_next)[: rule.evaluations_per_step if step < last else 1]:
-                flow = self.guided_flow(x, at, text, chunk, actions, scale)
-                x, memory = rule.step(x, flow, sigma, target, noise=fresh, memory=memory)
-        return x
+        rule, last = self.scheduler.rule, len(levels[0]) - 2
+        silence = self._silence(len(states)) if guidance_scale != 1 else None
+
+        def redrawn(
+            chunk: KVChunk, numbers: Tensor, clean: Tensor, actions: Tensor, levels: Tensor, weight: Tensor
+        ) -> Tensor:
+            text, columns = self.arena.prompts(chunk.rows), levels.unbind()
+            x, memory = self.scheduler.add_noise(clean, self._noise_of(numbers, 0), columns[0]), None
+            for step, (sigma, sigma_next) in enumerate(pairwise(columns)):
+                fresh = self._noise_of(numbers, step + 1) if rule.needs_noise and step < last else None
+                target = sigma_next if step < last else 0.0
+                for at in (sigma, sigma_next)[: rule.evaluations_per_step if step < last else 1]:
+                    flow = self.guided_flow(x, at, text, silence, chunk, actions, weight)
+                    x, memory = rule.step(x, flow, sigma, target, noise=fresh, memory=memory)
+            return x
+
+        numbers = torch.tensor([[state.seed for state in states], [state.frame for state in states]])
+        inputs = [numbers, self.encode(pictures).float(), actions, columns(levels), columns([[guidance_scale]])[0]]
+        return self._run(("redraw", last, rule, silence is not None), redrawn, chunk, inputs)
 
     def guided_flow(
         self,
         latents: Tensor,
         sigma: Tensor,
         text: TextKeys,
+        silence: TextKeys | None,
         chunk: KVChunk,
         actions: Tensor,
-        guidance_scale: float | Tensor | None,
+        weight: Tensor,
     ) -> Tensor:
-        """Flow at levels `sigma` [B, 1, 1, 1, 1]; None for no guidance. What `chunk` then holds is under `text`."""
-        if guidance_scale is None:
+        """Flow at levels `sigma`, guided by `weight` (both [B, 1, 1, 1, 1]) if there is a `silence`."""
+        if silence is None:
             return self._flow_at(latents, sigma, text, chunk, actions)
         # The prompt's pass comes last: its keys are those that a commit would keep.
-        negative = self._flow_at(latents, sigma, self._silence(len(latents)), chunk, actions)
-        return combine(self._flow_at(latents, sigma, text, chunk, actions), negative, guidance_scale)
+        negative = self._flow_at(latents, sigma, silence, chunk, actions)
+        return combine(self._flow_at(latents, sigma, text, chunk, actions), negative, weight)
 
     def _flow_at(self, latents: Tensor, sigma: Tensor, text: TextKeys, chunk: KVChunk, actions: Tensor) -> Tensor:
         (flow,) = self.transformer(
@@ -97,6 +105,7 @@ class PictureDrawer(FrameDrawer):
         )
         return flow.float()
 
-    def _columns(self, levels: Sequence[Sequence[float]]) -> list[Tensor]:
-        """One level of every row, [B, 1, 1, 1, 1], per column."""
-        return list(torch.tensor(levels, device=self.arena.device, dtype=torch.float32).T[..., None, None, None, None])
+
+def columns(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Numbers of B rows as columns that broadcast against latents: [B][n] to [n, B, 1, 1, 1, 1]."""
+    return torch.tensor(rows, dtype=torch.float32).T[..., None, None, None, None].contiguous()
