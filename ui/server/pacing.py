@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 
 LEAST_IN_FLIGHT, MOST_IN_FLIGHT = 2, 8
 LEAST_QUALITY, FIRST_QUALITY, MOST_QUALITY = 35, 80, 90
-SLOW_SECONDS, QUICK_SECONDS = 0.06, 0.02  # of waiting on the way, above the quickest round trip seen lately
+SLOW_SECONDS, QUICK_SECONDS = 0.06, 0.02  # of waiting on the way, above the quickest round trip
 ADJUST_SECONDS = 0.25
 LOST_SECONDS = 1.0  # an acknowledgement that hasn't come by then never will: the page is hidden, or the frame was lost
 MUTE_SECONDS = 0.1  # a client that never acknowledges anything gets ten pictures a second
-MEMORY_SECONDS = 10.0
 
 
 class Flow:
@@ -33,14 +33,15 @@ class Flow:
         self._rate = rate
         self._clock = clock
         self._sent: deque[tuple[int, float]] = deque(maxlen=64)
-        self._trips: deque[tuple[float, float]] = deque(maxlen=512)
+        self._quickest = math.inf  # never forgotten: a queue that lasts must not pass for distance
         self._adjusted = 0.0
 
     @property
     def limit(self) -> int:
         """Pictures that may be under way now."""
-        quickest = min((trip for _, trip in self._trips), default=0.0)
-        return max(LEAST_IN_FLIGHT, min(MOST_IN_FLIGHT, 1 + round(quickest * self._rate)))
+        if math.isinf(self._quickest):
+            return LEAST_IN_FLIGHT
+        return max(LEAST_IN_FLIGHT, min(MOST_IN_FLIGHT, 1 + round(self._quickest * self._rate)))
 
     def wait(self) -> float:
         """Seconds until another picture may be sent if no acknowledgement comes; 0 is now."""
@@ -65,12 +66,10 @@ class Flow:
                 self._learn(now, now - start)
 
     def _learn(self, now: float, trip: float) -> None:
-        self._trips.append((now, trip))
-        while now - self._trips[0][0] > MEMORY_SECONDS:
-            self._trips.popleft()
+        self._quickest = min(self._quickest, trip)
         if now - self._adjusted < ADJUST_SECONDS:
             return
-        waiting = trip - min(trip for _, trip in self._trips)
+        waiting = trip - self._quickest
         if waiting > SLOW_SECONDS:
             self.quality = max(LEAST_QUALITY, round(self.quality * 0.85))
             self._adjusted = now

@@ -191,9 +191,10 @@ def _mouse(value: Any) -> tuple[float, float]:
 
 
 def _formats(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > 8 or not any(name in FORMATS for name in value):
+    known = [name for name in value if isinstance(name, str) and name in FORMATS] if isinstance(value, list) else []
+    if not 1 <= len(known) <= 8:
         raise ValueError(f"a list with one of {', '.join(FORMATS)}")
-    return tuple(name for name in value if name in FORMATS)
+    return tuple(known)
 
 
 def _timeline(value: Any) -> tuple[dict[str, Any], ...]:

@@ -187,14 +187,13 @@ class Seat:
         self.frame, self.timeline, self.running = saved.frame, saved.timeline, saved.running
 
     def reset(self, seed: int | None) -> dict[str, Any]:
-        """Begin anew, from `seed` or from the next one."""
-        if seed is not None:
-            self._generator.manual_seed(seed)
-            self.seed = seed
+        """Begin anew, from `seed` or from a new one."""
+        self.seed = secrets.randbits(32) if seed is None else seed
+        self._generator.manual_seed(self.seed)
         self.session.reset()
         self._jumped(0.0)
         self.history.clear()
-        return {}
+        return {"seed": self.seed}
 
     def back(self, seconds: float) -> dict[str, Any]:
         """Go on from `seconds` ago, or from the oldest moment that is remembered."""

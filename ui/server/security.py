@@ -125,7 +125,8 @@ def origin_allowed(headers: dict[str, str], settings: Settings) -> bool:
     origin = headers.get("origin")
     if origin is None or origin in settings.origins:
         return True
-    return urlsplit(origin).netloc.lower() == headers.get("host", "").lower() != ""
+    host = headers.get("host", "").lower()
+    return host != "" and origin.lower() in (f"http://{host}", f"https://{host}")
 
 
 def token_given(scope: Scope, settings: Settings) -> bool:
@@ -140,7 +141,7 @@ def token_given(scope: Scope, settings: Settings) -> bool:
 
 def _name_of(host: str) -> str:
     """The name in a Host header, without the port."""
-    return urlsplit(f"//{host}").hostname or ""
+    return host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
 
 class Doorman:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from .settings import Settings
 
 SWEEP_SECONDS = 0.5
 GOODBYE_SECONDS = 2.5
+PARK_SECONDS = 3.0  # away for so long, a session leaves its place to those who wait, and is kept in memory
 
 
 class Vault(Protocol):
@@ -71,6 +72,8 @@ class Sessions:
         self.waiting: deque[Ticket] = deque()
         self.viewers: set[Viewer] = set()  # every open socket, with a seat or without
         self.opened = self.failures = 0
+        self._parked: OrderedDict[str, tuple[float, Saved]] = OrderedDict()  # by secret, until when
+        self._parking: dict[Seat, asyncio.Task] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.Task | None = None
 
@@ -85,6 +88,7 @@ class Sessions:
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
+            await asyncio.gather(*self._parking.values(), return_exceptions=True)
         for viewer in list(self.viewers):
             viewer.end(Close.GOING_AWAY, "the server is going away")
         patience = time.monotonic() + GOODBYE_SECONDS
@@ -147,9 +151,22 @@ class Sessions:
         """The seat that `secret` owns."""
         return next((seat for seat in self.seats if secret and seat.owns(secret)), None)
 
+    async def saved(self, secret: str | None) -> Saved | None:
+        """What is kept of a session that has no seat here: parked, or on another server."""
+        if not secret:
+            return None
+        if secret in self._parked:
+            return self._parked[secret][1]
+        return await self.vault.find(secret) if self.vault is not None else None
+
     async def revive(self, seat: Seat, saved: Saved) -> None:
-        """Let a new seat become what another server has saved."""
+        """Let a new seat become what was kept.
+
+        Raises:
+            ValueError: it is of another pipeline.
+        """
         await asyncio.wrap_future(self.engine.call(lambda: seat.revive(saved)))
+        self._parked.pop(saved.secret, None)
 
     def attach(self, seat: Seat, client: Viewer) -> None:
         """`client` sees this seat from now on. Whoever did so before is told."""
@@ -211,7 +228,28 @@ class Sessions:
                 self.close_seat(seat)
             elif now - seat.touched > self.settings.idle_seconds:
                 self._drop(seat, Close.IDLE, f"nothing was touched for {self.settings.idle_seconds:g} seconds")
+        self._make_room(now)
         self.recordings.sweep()
+
+    def _make_room(self, now: float) -> None:
+        """Who waits needs a place more than who is away; those can still come back to what is kept of theirs."""
+        for secret in [secret for secret, (until, _) in self._parked.items() if until < now]:
+            del self._parked[secret]
+        away = [seat for seat in self.seats if seat.viewer is None and now - seat.left > PARK_SECONDS]
+        for seat in sorted(away, key=lambda seat: seat.left)[: len(self.waiting)]:
+            if seat not in self._parking:
+                self._parking[seat] = asyncio.create_task(self._park(seat))
+
+    async def _park(self, seat: Seat) -> None:
+        try:
+            saved = await asyncio.wrap_future(self.engine.call(seat.save))
+            if seat.viewer is None and seat in self.seats:
+                self._parked[seat.secret] = (seat.left + self.settings.grace_seconds, saved)
+                while len(self._parked) > self.settings.max_sessions:
+                    self._parked.popitem(last=False)
+                self.close_seat(seat)
+        finally:
+            del self._parking[seat]
 
     def numbers(self) -> dict[str, Any]:
         """How the server is doing, for /metrics."""

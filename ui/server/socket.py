@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from ...streaming import Chunk
 from .commands import Commands
-from .contract import Picture
+from .contract import Picture, Saved
 from .eye import Eye
 from .outbox import Outbox
 from .pacing import Bucket
@@ -136,13 +136,10 @@ class Connection:
         resume = hello.fields.get("resume")
         seat, resumed = self.sessions.find(resume), True
         if seat is None:
-            saved = await self.sessions.vault.find(resume) if self.sessions.vault and resume else None
-            seat, resumed = await self._wait_for_seat(hello), saved is not None
+            saved = await self.sessions.saved(resume)
+            seat, resumed = await self._wait_for_seat(hello, saved), saved is not None
             if saved is not None:
-                try:
-                    await self.sessions.revive(seat, saved)
-                except ValueError as error:
-                    raise Broken(Close.FAILED, str(error)) from None
+                seat = await self._revive(seat, saved)
         self.seat = seat
         self._commands = Commands(seat, self.sessions, self._say)
         if seat.mode == "camera":
@@ -151,9 +148,23 @@ class Connection:
         self.sessions.attach(seat, self)
         await self._report_for_ever(seat)
 
-    async def _wait_for_seat(self, hello: Message) -> Seat:
+    async def _revive(self, seat: Seat, saved: Saved) -> Seat:
+        before = self.sessions.find(saved.secret)
+        if before is not None:  # another window has brought it back while this one waited
+            self.sessions.close_seat(seat)
+            return before
+        try:
+            await self.sessions.revive(seat, saved)
+        except ValueError as error:
+            self.sessions.close_seat(seat)
+            raise Broken(Close.FAILED, str(error)) from None
+        return seat
+
+    async def _wait_for_seat(self, hello: Message, saved: Saved | None) -> Seat:
         fields = hello.fields
         wish = Wish(fields.get("mode", "play"), fields.get("prompt"), fields.get("seed"))
+        if saved is not None:
+            wish = Wish(saved.mode, saved.snapshot.control["prompt"], saved.seed)
         ticket = self.sessions.enter(self, wish)
         try:
             return await ticket.seat

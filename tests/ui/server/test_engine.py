@@ -1,0 +1,145 @@
+"""The thread that draws: one beat for all, nobody starved, nobody stopped by another."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from millstream.ui.server.engine import Engine
+from millstream.ui.server.seat import Seat
+from millstream.ui.server.settings import Settings
+
+
+class Silent:
+    """A viewer that looks away."""
+
+    def __init__(self) -> None:
+        self.pictures: list = []
+
+    def show(self, pictures) -> None:
+        self.pictures += pictures
+
+    def hear(self, chunk) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+@pytest.fixture
+def engine():
+    """`engine(pipe)` with its list of (seat, error)."""
+    started = []
+
+    def start(pipe):
+        failures: list = []
+        made = Engine(pipe.rate, lambda seat, error: failures.append((seat, error)))
+        made.start()
+        started.append(made)
+        return made, failures
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+def seated(pipe, engine, mode="play", prompt="x") -> Seat:
+    seat = Seat(pipe, Settings(), prompt=prompt, seed=1, mode=mode)
+    seat.viewer = Silent()
+    engine.add(seat)
+    return seat
+
+
+def test_a_new_session_joins_the_beat(fake, engine, eventually):
+    pipe = fake(rate=10)
+    made, _ = engine(pipe)
+    first, second = seated(pipe, made), seated(pipe, made)
+    first.start()
+    made.wake()
+    eventually(lambda: first.frame == 2)
+    second.start()
+    made.wake()
+    eventually(lambda: second.frame == 5)
+    assert pipe.batches[-4:] == [2] * 4
+
+
+def test_a_camera_that_floods_doesn_t_starve_players(fake, engine, eventually):
+    pipe = fake(rate=20, delay=0.004)
+    made, _ = engine(pipe)
+    player, camera = seated(pipe, made), seated(pipe, made, "camera")
+    for seat in (player, camera):
+        seat.start()
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        camera.give(torch.zeros(3, 24, 32), 0.0)
+        made.wake()
+        time.sleep(0.001)
+    assert player.frame >= 18
+    assert camera.frame >= 100
+
+
+def test_a_slow_model_is_stepped_without_a_rest_and_owes_nothing_later(fake, engine, eventually):
+    pipe = fake(rate=50, delay=0.04)
+    made, _ = engine(pipe)
+    seat = seated(pipe, made)
+    seat.start()
+    made.wake()
+    eventually(lambda: seat.frame >= 12)
+    pipe.delay = 0.0
+    eventually(lambda: seat.frame >= 14)
+    frame, start = seat.frame, time.monotonic()
+    time.sleep(0.5)
+    assert (seat.frame - frame) / (time.monotonic() - start) < 60, "what was missed is not hurried through"
+
+
+def test_an_idle_engine_sleeps(fake, engine):
+    pipe = fake()
+    made, _ = engine(pipe)
+    seated(pipe, made)
+    start = time.thread_time_ns(), time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - start[1] < 0.1
+    assert made.rounds == 0
+
+
+def test_calls_run_between_steps_and_bring_their_errors_back(fake, engine):
+    pipe = fake(delay=0.02)
+    made, failures = engine(pipe)
+    seat = seated(pipe, made)
+    seat.start()
+    made.wake()
+    assert made.call(lambda: 5).result(2) == 5
+    with pytest.raises(ZeroDivisionError):
+        made.call(lambda: 1 / 0).result(2)
+    assert made.alive
+    assert failures == []
+
+
+def test_whatever_fails_is_named_and_taken_out(fake, engine, eventually, caplog):
+    pipe = fake()
+    made, failures = engine(pipe)
+    good, bad = seated(pipe, made), seated(pipe, made, prompt="explode")
+    worse = seated(pipe, made)
+    worse.viewer.show = lambda pictures: 1 / 0
+    for seat in (good, bad, worse):
+        seat.start()
+    made.wake()
+    eventually(lambda: good.frame > 5)
+    assert {seat for seat, _ in failures} == {bad, worse}
+    assert f"session {bad.name} has failed" in caplog.text
+    frame = good.frame
+    eventually(lambda: good.frame > frame + 5)
+
+
+def test_what_waits_when_the_engine_ends_is_still_done(fake, engine):
+    pipe = fake(delay=0.05)
+    made, _ = engine(pipe)
+    seat = seated(pipe, made)
+    seat.start()
+    made.wake()
+    time.sleep(0.02)
+    made.remove(seat)
+    future = made.call(seat.close)
+    made.stop()
+    assert future.done()
+    assert pipe.states == 0

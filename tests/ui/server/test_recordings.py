@@ -1,0 +1,182 @@
+"""Recordings: they play, they download for their owner alone, they stop at their quota, they go with the server."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import cv2
+import httpx
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from millstream.ui.server.recordings import Recording, Recordings
+
+
+def frames_of(path: Path) -> tuple[int, tuple[int, int]]:
+    """How many frames a player finds in the file, and their (width, height)."""
+    frames = imageio_ffmpeg.read_frames(str(path))
+    size = next(frames)["size"]
+    return sum(1 for _ in frames), size
+
+
+def record(player, seconds: float) -> dict:
+    player.ask("record", on=True)
+    player.say("start")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        player.read()
+    player.ask("pause")
+    return player.ask("record", on=False)
+
+
+def test_a_recording_downloads_and_plays(serve, client, tmp_path):
+    running = serve()
+    player = client(running)
+    secret = player.hello()["resume"]
+    answer = record(player, 1.0)
+    assert answer["seconds"] == pytest.approx(1.0, abs=0.3)
+    reply = httpx.get(running.http + answer["url"], params={"key": secret})
+    assert reply.status_code == 200
+    assert reply.headers["content-type"] == "video/mp4"
+    assert "attachment" in reply.headers["content-disposition"]
+    assert len(reply.content) == answer["bytes"]
+    path = tmp_path / "got.mp4"
+    path.write_bytes(reply.content)
+    count, size = frames_of(path)
+    assert count == round(answer["seconds"] * 50)
+    assert size == (32 * 16, 24 * 16), "a small picture is enlarged by a whole number"
+    part = httpx.get(running.http + answer["url"], params={"key": secret}, headers={"range": "bytes=0-99"})
+    assert (part.status_code, len(part.content)) == (206, 100)
+
+
+def test_a_recording_is_its_owner_s_alone(serve, client):
+    running = serve()
+    player, other = client(running), client(running)
+    secret, others = player.hello()["resume"], other.hello()["resume"]
+    answer = record(player, 0.2)
+    for key in (None, "", others, secret[:-1], answer["recording"]):
+        assert httpx.get(running.http + answer["url"], params={"key": key} if key else None).status_code == 404
+    cookie = httpx.get(running.http + answer["url"], headers={"cookie": f"millstream_session={secret}"})
+    assert cookie.status_code == 200
+
+
+@pytest.mark.parametrize("name", ["..%2f..%2fetc%2fpasswd", "../../../etc/passwd", "%00", "é" * 50, "x" * 5000, "*"])
+def test_no_name_becomes_a_path(serve, client, name):
+    running = serve()
+    secret = client(running).hello()["resume"]
+    assert httpx.get(f"{running.http}/recordings/{name}.mp4", params={"key": secret}).status_code == 404
+
+
+def test_recording_twice_or_nothing_is_refused(serve, client):
+    player = client(serve())
+    player.hello()
+    assert "nothing is being recorded" in player.ask("record", on=False)["message"]
+    player.ask("record", on=True)
+    assert "runs already" in player.ask("record", on=True)["message"]
+    assert "no frame was drawn" in player.ask("record", on=False)["message"]
+
+
+def test_a_recording_ends_at_its_quota_and_the_stream_goes_on(serve, client, eventually):
+    running = serve(recording_bytes=20_000)
+    player = client(running)
+    player.hello()
+    player.ask("record", on=True)
+    player.say("start")
+    player.find(lambda message: "quota" in message.get("recording", {}).get("stopped", ""), timeout=20)
+    frame = player.shots[-1].frame
+    player.shot(lambda shot: shot.frame > frame + 5)
+    answer = player.ask("record", on=False)
+    assert "quota" in answer["stopped"]
+    assert answer["bytes"] < 60_000
+    assert "quota" in player.ask("record", on=True)["message"]
+
+
+def test_a_camera_recording_keeps_real_time(serve, client, fake, tmp_path):
+    picture = cv2.imencode(".jpg", np.zeros((48, 64, 3), np.uint8))[1].tobytes()
+    running = serve(fake(rate=20))
+    visitor = client(running)
+    secret = visitor.hello(mode="camera")["resume"]
+    visitor.ask("start")
+    visitor.ask("record", on=True)
+    start = time.monotonic()
+    while time.monotonic() - start < 1.5:
+        visitor.picture(picture)
+        visitor.shot()
+        time.sleep(0.15)
+    answer = visitor.ask("record", on=False)
+    assert answer["seconds"] == pytest.approx(1.5, abs=0.35)
+    reply = httpx.get(running.http + answer["url"], params={"key": secret})
+    path = tmp_path / "got.mp4"
+    path.write_bytes(reply.content)
+    assert frames_of(path)[0] == round(answer["seconds"] * 20)
+
+
+def test_recordings_go_with_the_server_or_stay_where_asked(serve, client, tmp_path):
+    temporary, kept = serve(), serve(recordings=tmp_path)
+    for running in (temporary, kept):
+        player = client(running)
+        player.hello()
+        player.ask("record", on=True)
+        player.say("start")
+        player.shot(lambda shot: shot.frame > 20)
+        running.server.should_exit = True
+        player.farewell()
+    root = temporary.sessions.recordings.root
+    deadline = time.monotonic() + 5
+    while root.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not root.exists()
+    (file,) = tmp_path.rglob("*.mp4")
+    while kept.sessions.engine.alive:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    assert frames_of(file)[0] > 15
+
+
+def test_recordings_of_an_ended_session_stay_a_while(tmp_path, fake, monkeypatch):
+    from millstream.streaming import WorldControl
+
+    monkeypatch.setattr("millstream.ui.server.recordings.KEEP_SECONDS", 0.05)
+    recordings = Recordings(None, 10**6, 10**6)
+    recording = recordings.begin("owner", "key", rate=20, live=False)
+    pipe = fake()
+    state = pipe.begin(WorldControl("x"))
+    recording.write(pipe.advance([state], [WorldControl("x")], [None])[0][0])
+    recording.finish()
+    recordings.leave("owner")
+    recordings.sweep()
+    path = recordings.fetch(recording.id, "key")
+    assert path is not None
+    assert path.exists()
+    time.sleep(0.06)
+    recordings.sweep()
+    assert recordings.fetch(recording.id, "key") is None
+    assert not path.exists()
+    recordings.close()
+
+
+def test_a_disk_that_is_too_slow_ends_the_recording_at_once(tmp_path, fake, monkeypatch):
+    from millstream.streaming import WorldControl
+
+    class Stuck:
+        frames = 0
+
+        def __init__(self, *_, **__):
+            time.sleep(1)
+
+        def write(self, chunk): ...
+
+        def close(self): ...
+
+    monkeypatch.setattr("millstream.ui.server.recordings.Recorder", Stuck)
+    recording = Recording("id", tmp_path / "id.mp4", rate=20, live=False, allowance=lambda: 10**6)
+    pipe = fake()
+    state = pipe.begin(WorldControl("x"))
+    start = time.monotonic()
+    for _ in range(60):
+        recording.write(pipe.advance([state], [WorldControl("x")], [None])[0][0])
+    assert time.monotonic() - start < 0.5
+    assert "too slow" in recording.stopped
+    recording.finish()
