@@ -77,7 +77,8 @@ def norm_modulate(
 
     Args:
         x: [B, L, W], any floating dtype. Arithmetic is in float32, rounded once.
-        shift, scale: [B, G, W], for G equal groups of neighbouring tokens (1, the frames or the tokens).
+        shift, scale: [B, G, W], or [1, G, W] for all rows, with G equal groups of neighbouring tokens (1, the frames
+            or the tokens).
         weight, bias: [W], of the norm itself.
         eps: added to the variance.
 
@@ -103,7 +104,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         x, y: [B, L, W], any floating dtypes. Arithmetic is in float32, rounded once.
-        gate: [B, G, W], for G equal groups of neighbouring tokens.
+        gate: [B, G, W] or [1, G, W], for G equal groups of neighbouring tokens.
 
     Returns:
         [B, L, W] in `x`'s dtype.
@@ -170,8 +171,9 @@ def _choose(operator, in_pytorch, *tensors: Tensor | None):
 
 
 def _check_groups(name: str, x: Tensor, part: Tensor) -> None:
-    if x.ndim != 3 or part.ndim != 3 or part.shape[::2] != x.shape[::2] or x.shape[1] % max(part.shape[1], 1):
+    fits = x.ndim == part.ndim == 3 and part.shape[0] in (1, x.shape[0]) and part.shape[2] == x.shape[2]
+    if not fits or x.shape[1] % max(part.shape[1], 1):
         raise ValueError(
-            f"{name} must be [B, G, W] for x [B, L, W], with G a divisor of L, "
+            f"{name} must be [B, G, W] or [1, G, W] for x [B, L, W], with G a divisor of L, "
             f"got {list(part.shape)} for {list(x.shape)}"
         )

@@ -149,6 +149,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _row_stride(x: Tensor) -> int:
+    """0 where one row serves all."""
+    return 0 if x.shape[0] == 1 else x.stride(0)
+
+
 def norm_rotary_triton(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
 ) -> Tensor:
@@ -179,7 +184,7 @@ def norm_modulate_triton(
     with torch.cuda.device_of(x):
         _norm_modulate_kernel[(tokens, rows)](
             x, shift, scale, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(),
-            out, x.stride(0), x.stride(1), shift.stride(0), shift.stride(1), scale.stride(0), scale.stride(1), tokens,
+            out, x.stride(0), x.stride(1), _row_stride(shift), shift.stride(1), _row_stride(scale), scale.stride(1), tokens,
             tokens // shift.shape[1], eps, width, weight is not None, bias is not None, columns,
             num_warps=_warps(columns),
         )  # fmt: skip
@@ -194,7 +199,7 @@ def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     columns = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         _gate_residual_kernel[(tokens, rows)](
-            x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), gate.stride(0), gate.stride(1),
+            x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), _row_stride(gate), gate.stride(1),
             tokens, tokens // gate.shape[1], width, columns, num_warps=_warps(columns),
         )  # fmt: skip
     return out

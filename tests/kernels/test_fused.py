@@ -70,6 +70,13 @@ def test_norm_modulate_and_gate_residual_are_their_formulas(dtype, groups):
     torch.testing.assert_close(seen.double(), x.double() + y.double() * each[2], **tolerance)
 
 
+def test_one_row_of_modulation_serves_all():
+    x, y, one = draw(0, 2, 6, 8), draw(1, 2, 6, 8), draw(2, 1, 3, 8)
+    all_rows = one.expand(2, -1, -1)
+    assert torch.equal(norm_modulate(x, one, one), norm_modulate(x, all_rows, all_rows))
+    assert torch.equal(gate_residual(x, y, one), gate_residual(x, y, all_rows))
+
+
 def test_gradients_reach_everything():
     tensors = [draw(0, 1, 4, 8), draw(1, 8), draw(2, 1, 2, 8), draw(3, 1, 2, 8), draw(4, 1, 4, 8)]
     x, weight, shift, scale, y = (t.double().requires_grad_() for t in tensors)
@@ -177,7 +184,10 @@ for heads, dim in ((1, 16), (3, 12), (2, 40)):
         for weight, bias in ((None, None), (draw(heads * dim), draw(heads * dim))):
             arguments = x, shift, scale, weight, bias, 1e-6
             close(fast.norm_modulate_triton(*arguments), plain.norm_modulate_reference(*arguments))
-        close(fast.gate_residual_triton(x, y, scale), plain.gate_residual_reference(x, y, scale))
+            arguments = x, shift[:1], scale[:1], weight, bias, 1e-6
+            close(fast.norm_modulate_triton(*arguments), plain.norm_modulate_reference(*arguments))
+        for gate in (scale, scale[:1]):
+            close(fast.gate_residual_triton(x, y, gate), plain.gate_residual_reference(x, y, gate))
 for dtype in (torch.int8, torch.float8_e4m3fn):
     for rows, columns, depth in ((1, 1, 16), (70, 33, 40), (5, 130, 200)):
         x, weight = draw(rows, depth), draw(columns, depth)
