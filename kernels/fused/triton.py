@@ -184,8 +184,8 @@ def norm_modulate_triton(
     with torch.cuda.device_of(x):
         _norm_modulate_kernel[(tokens, rows)](
             x, shift, scale, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(),
-            out, x.stride(0), x.stride(1), _row_stride(shift), shift.stride(1), _row_stride(scale), scale.stride(1), tokens,
-            tokens // shift.shape[1], eps, width, weight is not None, bias is not None, columns,
+            out, x.stride(0), x.stride(1), _row_stride(shift), shift.stride(1), _row_stride(scale), scale.stride(1),
+            tokens, tokens // shift.shape[1], eps, width, weight is not None, bias is not None, columns,
             num_warps=_warps(columns),
         )  # fmt: skip
     return out
