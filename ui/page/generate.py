@@ -28,11 +28,24 @@ def add_generate(gr: Any, settings: PageSettings) -> None:
                     go = gr.Button("Draw the clip", variant="primary", elem_id="ms-draw")
                     stop = gr.Button("Stop", elem_id="ms-draw-stop")
             with gr.Column(elem_classes="ms-result", min_width=280):
-                clip = gr.Video(label="Clip", autoplay=True, loop=True, interactive=False, elem_id="ms-clip")
+                clip = gr.Video(
+                    label="Clip",
+                    show_label=False,
+                    autoplay=True,
+                    loop=True,
+                    interactive=False,
+                    buttons=[],
+                    elem_id="ms-clip",
+                )
                 told = gr.HTML(elem_id="ms-clip-told", apply_default_css=False)
                 download = gr.DownloadButton("Download", interactive=False, elem_id="ms-clip-download")
         drawing = go.click(
-            _drawer(gr, settings), inputs, [clip, told, download], concurrency_limit=1, api_name="generate"
+            _drawer(gr, settings),
+            inputs,
+            [clip, told, download],
+            concurrency_limit=1,
+            show_progress_on=clip,
+            api_name="generate",
         )
         stop.click(None, cancels=[drawing], api_visibility="private")
 
