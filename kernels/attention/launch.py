@@ -1,6 +1,7 @@
 """From a plan to a launch: tile sizes, splits, tensor descriptors, and the operator that compilers and graphs see."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false  # a kernel's signature is Triton's, not Python's
+# A kernel's signature is Triton's, not Python's.
+# pyright: reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -82,12 +83,14 @@ def attend_blocks(
     block_q: int,
     block_k: int,
     sinks: int,
+    gathered: bool,
     out_dtype: torch.dtype,
     splits: int = 0,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (out [B, L, H, D] in `out_dtype`, lse float32 [B, H, L]); `splits` 0 chooses.
 
+    With `gathered`, keys were put in order for this call: the padding of a full block is finite, and only hidden.
     With `v_scale` (FP8) v is [B, H, D, L], so that its keys lie next to one another; otherwise [B, L, H, D].
     """
     batch, q_rows, heads, dim = q.shape
@@ -112,7 +115,6 @@ def attend_blocks(
         descriptors = k_desc is not None and v_desc is not None
     # In the kernel v's strides are (row, token, head, channel), whichever way it lies.
     v_sb, v_sl, v_sh, v_sd = v.stride() if v_scale is None else (v.stride(0), v.stride(3), v.stride(1), v.stride(2))
-    mask = "box" if at is not None else "rows" if bits is not None else "none"
     options = {"maxnreg": config.max_registers} if config.max_registers else {}
     attend_kernel[(tiles, batch * heads, splits)](
         q, k, v, k_desc if descriptors else None, v_desc if descriptors else None, out, lse,
@@ -127,8 +129,10 @@ def attend_blocks(
         q_rows, k_rows, 0 if mean_k is None else mean_k.shape[2], width, sinks,
         0 if bits is None else bits.shape[-1], heads,
         head_dim=dim, block_q=block_q, block_k=block_k, tile_q=config.tile_q, tile_k=config.tile_k, splits=splits,
-        mask=mask, axes=0 if at is None else at.shape[2], centroid=mean_k is not None, first_order=slope is not None,
+        has_box=at is not None, has_bits=bits is not None, axes=0 if at is None else at.shape[2],
+        centroid=mean_k is not None, first_order=slope is not None,
         has_table=places is not None, has_q_lengths=q_lengths is not None, has_k_lengths=k_lengths is not None,
+        full_lengths=k_lengths is not None and gathered,
         has_bias=bias is not None, has_source=q_source is not None, quantize=quantize, v_row=v_scale is None,
         descriptors=descriptors, exact="ieee" if q.dtype == torch.float32 else "tf32", stages=config.stages,
         num_warps=config.warps, num_stages=config.stages, **options,
@@ -176,7 +180,7 @@ operator = torch.library.custom_op(
         "Tensor? q_lengths, Tensor? k_lengths, Tensor? bias, Tensor? q_source, Tensor? low, Tensor? high, Tensor? at, "
         "Tensor? bits, Tensor? mean_k, Tensor? mean_v, Tensor? log_count, Tensor? listed, Tensor? slope, "
         "Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, float scale, int block_q, int block_k, int sinks, "
-        "ScalarType out_dtype) -> (Tensor, Tensor)"
+        "bool gathered, ScalarType out_dtype) -> (Tensor, Tensor)"
     ),
 )
 

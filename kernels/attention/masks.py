@@ -82,33 +82,41 @@ class RowMask:
 
     Attributes:
         bits: [B or 1, H or 1, query slots, ceil(NK / 32)].
+        box: a further cut inside the blocks, such as the causal one.
     """
 
     bits: Tensor
+    box: BoxMask | None = None
 
     @classmethod
-    def of(cls, chosen: Tensor) -> RowMask:
+    def of(cls, chosen: Tensor, box: BoxMask | None = None) -> RowMask:
         """From bool [B or 1, H or 1, query slots, NK]."""
         words = -(-chosen.shape[-1] // 32)
         chosen = torch.nn.functional.pad(chosen, (0, words * 32 - chosen.shape[-1])).unflatten(-1, (words, 32))
         weights = torch.ones((), dtype=torch.int64, device=chosen.device) << torch.arange(32, device=chosen.device)
         unsigned = (chosen * weights).sum(-1)
-        return cls(torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32))
+        return cls(torch.where(unsigned >= 2**31, unsigned - 2**32, unsigned).to(torch.int32), box)
 
     def padded(self, q_slots: int, k_slots: int) -> RowMask:
-        missing = q_slots - self.bits.shape[2]
-        return self if missing == 0 else RowMask(torch.nn.functional.pad(self.bits, (0, 0, 0, missing)))
+        bits = torch.nn.functional.pad(self.bits, (0, 0, 0, q_slots - self.bits.shape[2]))
+        return RowMask(bits, None if self.box is None else self.box.padded(q_slots, k_slots))
 
     def gathered(self, q_source: Tensor | None, k_source: Tensor | None, block: tuple[int, int]) -> RowMask:
         """Bits already belong to slots' key blocks; only the queries move."""
-        if q_source is None:
-            return self
-        return RowMask(_gather(self.bits.transpose(2, 3), q_source, block[0]).transpose(2, 3).contiguous())
+        bits = self.bits
+        if q_source is not None:
+            bits = _gather(bits.transpose(2, 3), q_source, block[0]).transpose(2, 3).contiguous()
+        return RowMask(bits, None if self.box is None else self.box.gathered(q_source, k_source, block))
 
     def blocks(self, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
         chosen = _split(self.bits.transpose(2, 3), block[0])  # [B, H, words, NQ, block_q]
         bits = (chosen.unsqueeze(-1) >> torch.arange(32, device=chosen.device, dtype=torch.int32)) & 1 == 1
         some, every = (x.permute(0, 1, 3, 2, 4).flatten(3) for x in (bits.any(-2), bits.all(-2)))
+        if self.box is not None:
+            cut, whole = self.box.blocks(block)
+            missing = (0, some.shape[-1] - cut.shape[-1])
+            some = some & torch.nn.functional.pad(cut, missing)
+            every = every & torch.nn.functional.pad(whole, missing)
         return some, every
 
     def visible(self, indices: Tensor, block: tuple[int, int]) -> Tensor:
@@ -116,7 +124,8 @@ class RowMask:
         bits = bits.expand(*indices.shape[:2], *bits.shape[2:])
         word = (indices.long() // 32)[..., None, None].expand(-1, -1, -1, block[0], 1)
         seen = (bits.gather(-1, word) >> (indices % 32)[..., None, None]) & 1
-        return (seen == 1).expand(-1, -1, -1, -1, block[1])
+        seen = (seen == 1).expand(-1, -1, -1, -1, block[1])
+        return seen if self.box is None else seen & self.box.visible(indices, block)
 
 
 Mask = BoxMask | RowMask

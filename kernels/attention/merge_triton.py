@@ -1,7 +1,8 @@
 """The merging of partial results in Triton: one pass over the parts."""
 
+# Triton's language is read as Python, but it is another.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnbound=false  # Triton's language is read as Python, but it is another
+# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

@@ -87,8 +87,8 @@ class BlockPlan:
     Attributes:
         block: (query, key) block sizes, multiples of 64 for the Triton kernel.
         indices: int32 [B or 1, H or 1, NQ, W]: full blocks first, then masked ones; what follows is ignored, but must
-            be a valid block number. A full block has every key valid and visible. An empty block may be listed as
-            masked, which costs time only.
+            be a valid block number. A full block has every key visible, and valid too unless `permutation` moves the
+            keys. An empty block may be listed as masked, which costs time only.
         n_full, n_masked: int32 [B or 1, H or 1, NQ].
         lengths: valid tokens at the head of each (query, key) block, int32 [B or 1, H or 1, NQ] and [..., NK]: ragged
             tiles, clusters. None: all, up to the end of q and k.
@@ -125,6 +125,7 @@ class BlockPlan:
         width: int | None = None,
         mask: Mask | None = None,
         lengths: tuple[Tensor, Tensor] | None = None,
+        permutation: Permutation | None = None,
         **fields,
     ) -> BlockPlan:
         """The plan that visits the blocks of `visit`.
@@ -136,7 +137,7 @@ class BlockPlan:
             full: blocks that need no masking, as far as the caller knows; by default all, or what `mask` says.
             width: at most this many blocks per query block are kept, so that memory is smaller; None: all of them,
                 whatever they are, without reading a count on the host.
-            mask, lengths, **fields: as in the plan. A mask's tensors are padded to whole blocks.
+            mask, lengths, permutation, **fields: as in the plan. A mask's tensors are padded to whole blocks.
         """
         n_q, n_k = visit.shape[-2:]
         if mask is not None:
@@ -147,12 +148,14 @@ class BlockPlan:
         if lengths is None:
             whole = (torch.arange(1, n_k + 1, device=visit.device) * block[1] <= keys)[None, None, None]
         else:
-            whole = (lengths[1] >= block[1])[..., None, :]
+            # Keys that are put in order for the call are padded with finite ones, which a full block only hides.
+            gathered = permutation is not None and permutation.k_source is not None
+            whole = ((lengths[1] >= block[1]) | gathered)[..., None, :]
             visit = visit & (lengths[1] > 0)[..., None, :]
         full = visit & whole if full is None else visit & whole & full
         masked = visit & ~full
         indices, n_full, n_masked = _listed(full, masked, n_k if width is None else min(width, n_k))
-        return cls(block, indices, n_full, n_masked, lengths=lengths, mask=mask, **fields)
+        return cls(block, indices, n_full, n_masked, lengths=lengths, mask=mask, permutation=permutation, **fields)
 
     @classmethod
     def dense(cls, queries: int, keys: int, block: tuple[int, int], device: torch.device | str = "cpu") -> BlockPlan:

@@ -1,9 +1,11 @@
 """8-bit queries, keys and values for attention, one scale per tile (block of a plan) and head.
 
 INT8 (SageAttention, arXiv 2410.02367): queries and keys are INT8, values keep their type. Keys are smoothed first:
-their mean over the SEQUENCE is subtracted, which moves every score of a query by the same s q.k_mean; softmax does not see
-it, and the log-sum-exp gets it back. FP8: queries and keys are e4m3 with a scale per tile; values are e4m3 with a scale
-per channel, and lie with their keys next to one another, as Hopper's FP8 tensor cores want them.
+their mean over the SEQUENCE is subtracted, which moves every score of a query by the same s q.k_mean; softmax does not
+see it, and the log-sum-exp gets it back.
+
+FP8: queries and keys are e4m3 with a scale per tile; values are e4m3 with a scale per channel, and lie with their keys
+next to one another, as Hopper's FP8 tensor cores want them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One pass over a tensor that writes its 8-bit tiles and their scales."""
 
+# Triton's language is read as Python, but it is another.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnbound=false  # Triton's language is read as Python, but it is another
+# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import torch

@@ -104,8 +104,9 @@ def operands(
     bias = plan.bias
     if bias is not None and bias.ndim == 3:
         bias = bias[:, :, None]
-    box = plan.mask if isinstance(plan.mask, BoxMask) else None
-    bits = plan.mask.bits.contiguous() if isinstance(plan.mask, RowMask) else None
+    rows = plan.mask if isinstance(plan.mask, RowMask) else None
+    box = plan.mask if isinstance(plan.mask, BoxMask) else None if rows is None else rows.box
+    bits = None if rows is None else rows.bits.contiguous()
     low, high = (None, None) if box is None else (box.low.contiguous(), box.high.contiguous())
     mean_k = mean_v = log_count = listed = slope = None
     if plan.rest == "centroid":
@@ -126,7 +127,8 @@ def operands(
         mean_k, mean_v, log_count, listed, slope,
         None if eight is None else eight.q_scale, None if eight is None else eight.k_scale,
         None if eight is None else eight.v_scale,
-        scale, plan.block[0], plan.block[1], -(2**31 - 2) if box is None else box.sinks, dtype or q.dtype,
+        scale, plan.block[0], plan.block[1], -(2**31 - 2) if box is None else box.sinks,
+        plan.permutation is not None and plan.permutation.k_source is not None, dtype or q.dtype,
     )  # fmt: skip
 
 

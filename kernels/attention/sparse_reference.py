@@ -48,9 +48,9 @@ def attend_plan_reference(
         block = indices[..., w].long()
         place = block if plan.table is None else plan.table.long()[rows.clamp_max(plan.table.shape[0] - 1), block]
         scores = q @ k[rows, columns, place].to(dtype).mT
-        # A full block is visible to all of its queries; what lies in a padded place of q is not looked at again.
-        hidden = _hidden(plan, block, place, k_BLHD.shape[1]) & (w >= n_full)[..., None, None]
-        hidden = hidden | (w >= n_listed)[..., None, None]
+        hidden = _past_the_end(plan, block, place, k_BLHD.shape[1]) | (w >= n_listed)[..., None, None]
+        if plan.mask is not None:
+            hidden = hidden | (~plan.mask.visible(block, plan.block) & (w >= n_full)[..., None, None])
         scores = scores.masked_fill(hidden, -torch.inf)
         if bias is not None:
             scores = scores + bias.expand(batch, heads, n_q, -1).gather(-1, block[..., None])[..., None]
@@ -122,15 +122,14 @@ def _token_order(out: Tensor, lse: Tensor, valid: Tensor, q_BLHD: Tensor, plan: 
     return placed.transpose(1, 2).to(q_BLHD.dtype), lses.float()
 
 
-def _hidden(plan: BlockPlan, block: Tensor, place: Tensor, keys: int) -> Tensor:
-    """Bool [B, H, NQ, 1 or block_q, block_k]: what mask, lengths and the end of the keys hide, were it masked."""
+def _past_the_end(plan: BlockPlan, block: Tensor, place: Tensor, keys: int) -> Tensor:
+    """Bool [B, H, NQ, 1, block_k]: keys past their block's length or past all keys."""
     inside = torch.arange(plan.block[1], device=block.device)
     known = place[..., None] * plan.block[1] + inside < keys
     if plan.lengths is not None:
         lengths = plan.lengths[1].expand(*block.shape[:2], -1).gather(-1, block)
         known = known & (inside < lengths[..., None])
-    hidden = ~known.unsqueeze(-2)
-    return hidden if plan.mask is None else hidden | ~plan.mask.visible(block, plan.block)
+    return ~known.unsqueeze(-2)
 
 
 def _add_centroids(state: _State, plan: BlockPlan, summary: KVSummary, bias: Tensor | None, scale: float) -> None:

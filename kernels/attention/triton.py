@@ -7,8 +7,9 @@ Conventions: q, k, v, out are [B, L, H, D] with any strides but a last one of 1;
 and H (a stride of 0). *Slots* count a plan's places, block by block; *rows* count tokens in memory.
 """
 
+# Triton's language is read as Python, but it is another.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnbound=false  # Triton's language is read as Python, but it is another
+# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 import triton
@@ -87,9 +88,9 @@ def _walk(
     indices_ptr, places_ptr, k_lengths_ptr, bias_ptr, k_scale_ptr,
     low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
     head_dim: tl.constexpr, block_k: tl.constexpr, tile_k: tl.constexpr,
-    masked: tl.constexpr, mask: tl.constexpr, axes: tl.constexpr, has_table: tl.constexpr,
-    has_k_lengths: tl.constexpr, has_bias: tl.constexpr, quantize: tl.constexpr, v_row: tl.constexpr,
-    descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
+    masked: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr, has_table: tl.constexpr,
+    has_k_lengths: tl.constexpr, full_lengths: tl.constexpr, has_bias: tl.constexpr, quantize: tl.constexpr,
+    v_row: tl.constexpr,    descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """Attend to the blocks listed at `start ... end`.
 
@@ -123,16 +124,21 @@ def _walk(
             if has_k_lengths:
                 known = k_slots - here * block_k < tl.load(k_lengths_ptr + here)
                 k_valid = k_valid & known
-                v = tl.where(known[:, None], v, 0.0)
+                if not full_lengths:  # the padding may be NaN
+                    v = tl.where(known[:, None], v, 0.0)
             visible = q_valid[:, None] & k_valid[None, :]
-            if mask == "box":
+            if has_box:
                 visible = _box_visible(
                     visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, low_sa, at_sa, axes, sinks
                 )  # fmt: skip
-            if mask == "rows":
+            if has_bits:
                 words = tl.load(bits_ptr + q_slots.to(tl.int64) * bits_width + here // 32)
                 visible = visible & ((words >> (here % 32)) & 1 != 0)[:, None]
             scores = tl.where(visible, scores, float("-inf"))
+        elif full_lengths:
+            inside = slot - here * block_k + tl.arange(0, tile_k)
+            known = inside < tl.load(k_lengths_ptr + here)
+            scores = tl.where(known[None, :], scores, float("-inf"))
         tile_factor = factor
         if quantize != "none":
             tile_factor = factor * tl.load(k_scale_ptr + row // block_k)
@@ -168,10 +174,11 @@ def attend_kernel(
     q_rows, k_rows, key_blocks, width, sinks, bits_width, heads,
     head_dim: tl.constexpr, block_q: tl.constexpr, block_k: tl.constexpr,
     tile_q: tl.constexpr, tile_k: tl.constexpr, splits: tl.constexpr,
-    mask: tl.constexpr, axes: tl.constexpr, centroid: tl.constexpr, first_order: tl.constexpr,
-    has_table: tl.constexpr, has_q_lengths: tl.constexpr, has_k_lengths: tl.constexpr, has_bias: tl.constexpr,
-    has_source: tl.constexpr, quantize: tl.constexpr, v_row: tl.constexpr, descriptors: tl.constexpr,
-    exact: tl.constexpr, stages: tl.constexpr,
+    has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr,
+    centroid: tl.constexpr, first_order: tl.constexpr,
+    has_table: tl.constexpr, has_q_lengths: tl.constexpr, has_k_lengths: tl.constexpr, full_lengths: tl.constexpr,
+    has_bias: tl.constexpr, has_source: tl.constexpr, quantize: tl.constexpr, v_row: tl.constexpr,
+    descriptors: tl.constexpr,    exact: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -197,11 +204,11 @@ def attend_kernel(
         k_scale_ptr += tl.program_id(1) * ((k_rows + block_k - 1) // block_k)
         factor *= q_scale
 
-    if mask == "box":
+    if has_box:
         low_ptr += batch * low_sb + head * low_sh
         high_ptr += batch * low_sb + head * low_sh
         at_ptr += batch * at_sb + head * at_sh
-    if mask == "rows":
+    if has_bits:
         bits_ptr += batch * bits_sb + head * bits_sh
     if has_k_lengths:
         k_lengths_ptr += batch * kl_sb + head * kl_sh
@@ -239,7 +246,7 @@ def attend_kernel(
         k_ptr, v_ptr, k_desc, v_desc, k_first, k_column, v_first, v_column, k_sl, v_sl, v_sd, k_rows,
         indices_ptr, places_ptr, k_lengths_ptr, bias_ptr, k_scale_ptr,
         low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
-        head_dim, block_k, tile_k, False, mask, axes, has_table, has_k_lengths, has_bias,
+        head_dim, block_k, tile_k, False, has_box, has_bits, axes, has_table, has_k_lengths, full_lengths, has_bias,
         quantize, v_row, descriptors, exact, stages,
     )  # fmt: skip
     acc, total, highest = _walk(
@@ -247,7 +254,7 @@ def attend_kernel(
         k_ptr, v_ptr, k_desc, v_desc, k_first, k_column, v_first, v_column, k_sl, v_sl, v_sd, k_rows,
         indices_ptr, places_ptr, k_lengths_ptr, bias_ptr, k_scale_ptr,
         low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
-        head_dim, block_k, tile_k, True, mask, axes, has_table, has_k_lengths, has_bias,
+        head_dim, block_k, tile_k, True, has_box, has_bits, axes, has_table, has_k_lengths, full_lengths, has_bias,
         quantize, v_row, False, exact, stages,
     )  # fmt: skip
 

@@ -1,0 +1,92 @@
+"""Reuse across denoising steps: of attention's result outside a chunk, and of a pattern of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..attention import BlockPlan, attend, merge
+from .scores import block_scores, top_k
+
+
+class FlashBlock:
+    """FlashBlock: attention to everything outside the chunk is computed at its first step and kept.
+
+    Later steps attend inside the chunk and merge. The kept part is (out, lse) per layer, in buffers that are written
+    in place, so that a CUDA graph may hold them. It is an approximation from the second step on: the queries change,
+    the kept part does not.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        inside: tuple[Tensor, Tensor],
+        outside: tuple[Tensor, Tensor],
+        *,
+        first: bool,
+        plan: BlockPlan | None = None,
+    ) -> Tensor:
+        """Attention of q to `inside` (k, v) and `outside` (k, v), all [B, L, H, D].
+
+        Args:
+            first: compute and keep the outside part; otherwise it is taken as kept, and `outside` is not read.
+            plan: of the outside part, at the first step.
+
+        Raises:
+            RuntimeError: a later step of a layer that kept nothing.
+        """
+        if first:
+            part = attend(q, *outside, plan, return_lse=True)
+            kept = self._kept.get(layer)
+            if kept is None or kept[0].shape != part[0].shape:
+                self._kept[layer] = (part[0].clone(), part[1].clone())
+            else:
+                kept[0].copy_(part[0])
+                kept[1].copy_(part[1])
+        elif layer not in self._kept:
+            raise RuntimeError(
+                f"layer {layer} has kept nothing yet; call attend(..., first=True) at a chunk's first step"
+            )
+        return merge([attend(q, *inside, return_lse=True), self._kept[layer]])[0]
+
+
+class SparseD:
+    """SparseD (arXiv 2509.24014): full attention in the first steps, then one pattern per head for all later ones.
+
+    Args:
+        skip: steps with full attention (20 % of them in the source); the pattern is made at the last of them.
+        select: share of blocks in the pattern (0.3 in the source).
+        block: block size.
+    """
+
+    def __init__(self, skip: int, select: float = 0.3, block: int = 128) -> None:
+        self.skip, self.select, self.block = skip, select, block
+        self._plans: dict[int, BlockPlan] = {}
+
+    def plan(self, layer: int, step: int, q: Tensor, k: Tensor) -> BlockPlan | None:
+        """The plan of `layer` at `step` (from 0); None: attend fully. *Surrogate*: blocks are ranked by their means."""
+        if step < self.skip:
+            self._plans.pop(layer, None)
+            return None
+        if layer not in self._plans:
+            scores = block_scores(q, k, (self.block, self.block))
+            count = max(1, round(self.select * scores.shape[-1]))
+            self._plans[layer] = BlockPlan.of(top_k(scores, count), (self.block, self.block), k.shape[1], width=count)
+        return self._plans[layer]
+
+
+def refreshed(make: Callable[[Tensor, Tensor], BlockPlan], every: int) -> Callable[[int, Tensor, Tensor], BlockPlan]:
+    """A planner whose plan is made anew only at every `every`-th step: `planner(step, q, k)`."""
+    kept: list[BlockPlan] = []
+
+    def planner(step: int, q: Tensor, k: Tensor) -> BlockPlan:
+        if step % every == 0 or not kept:
+            kept[:] = [make(q, k)]
+        return kept[0]
+
+    return planner
