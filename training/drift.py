@@ -19,7 +19,8 @@ from ..pipelines.world import WorldPipeline
 from .behaviour import BUTTONS, wander
 from .environments import play
 from .measures import clipped, colour_histogram, colourfulness, contrast, histogram_distance, images, sharpness
-from .rollout import CONTEXT, captions, draw, keys_of
+from .prompts import world_named
+from .rollout import CONTEXT, draw, keys_of
 from .scores import worlds_alike
 
 RUNS = 4
@@ -61,7 +62,7 @@ def drift_score(
             true[name].append(played[-half:])
     drawn: list[Tensor] = []
     pressed = torch.from_numpy(actions).expand(len(worlds), -1, -1)
-    prompts = captions(worlds)
+    prompts = [world_named(name).caption for name in worlds]
     for number, pictures in enumerate(
         draw(
             pipe,

@@ -18,7 +18,7 @@ from ..pipelines.world import WorldPipeline
 from ..samplers import FlowSampler
 from .dataset import Episodes
 from .environments import RATE
-from .rollout import captions
+from .prompts import world_named
 from .world import WINDOW
 
 KEYS = {
@@ -34,6 +34,12 @@ KEYS = {
 }
 
 
+def key_map(buttons: Sequence[str]) -> dict[str, str]:
+    """A key for each button: `KEYS` for Doom's, the digits in order for an environment's numbered actions."""
+    known = {key: button for key, button in KEYS.items() if button in buttons}
+    return known or {f"Digit{number}": button for number, button in zip("1234567890", buttons)}
+
+
 def assemble(codec: Path, world: Path, episodes: Episodes, sampler: FlowSampler) -> WorldPipeline:
     """The pipeline of two trained folders, in float32."""
     return WorldPipeline(
@@ -41,9 +47,9 @@ def assemble(codec: Path, world: Path, episodes: Episodes, sampler: FlowSampler)
         FrameAutoencoder.from_pretrained(codec, torch_dtype=torch.float32).eval(),
         ByteTextEncoder.from_pretrained(world / "text_encoder", torch_dtype=torch.float32).eval(),
         sampler,
-        worlds=captions(episodes.names),
+        worlds=[world_named(name).caption for name in episodes.names],
         buttons=list(episodes.buttons),
-        key_map={key: button for key, button in KEYS.items() if button in episodes.buttons},
+        key_map=key_map(episodes.buttons),
         size=list(episodes.size),
         rate=RATE,
         window=WINDOW.frames,

@@ -11,6 +11,7 @@ part of the sentence is new, which is what a prompt typed by a stranger looks li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,6 +41,16 @@ WORLDS: tuple[World, ...] = (
     World("deadly_corridor", "a brick corridor with soldiers"),
     World("take_cover", "a wide brick hall, no gun, demons and fireballs"),
 )
+
+
+def world_named(name: str) -> World:
+    """One of `WORLDS`, or the world of a Gymnasium environment, which is asked for by the words of its id."""
+    known = {world.name: world for world in WORLDS}
+    if name in known:
+        return known[name]
+    words = re.sub(r"-v\d+$", "", re.split(r"[:/]", name)[-1])
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[-_]+", " ", words).lower()
+    return World(name, f"the world of {words}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,19 +235,20 @@ _NEW_FRAMES = (
 )
 
 
+_CALLS = ("{}", "{}, please", "take me to {}", "i want to play in {}", "show me {}")
+_NEW_CALLS = ("could we visit {}?", "a walk in {}")
+
+
 def phrases(world: World, rng: Uniform, *, held_out: bool = False) -> str:
     """One phrasing of `world`, drawn with `rng`: a training phrase, or one of the disjoint held-out set.
 
     Args:
-        world: one of `WORLDS`.
+        world: from `world_named`; one that is not of `WORLDS` is called by its caption, in several ways.
         rng: `random.Random` or `numpy.random.Generator`; the same state gives the same phrase.
         held_out: draw a phrase with one part (place, sight or sentence frame) that no training phrase has.
-
-    Raises:
-        ValueError: `world` is not one of `WORLDS`.
     """
     if world.name not in _WORDS:
-        raise ValueError(f"no phrases are known for world {world.name!r}; known worlds: {', '.join(_WORDS)}")
+        return _capitals(_pick(_NEW_CALLS if held_out else _CALLS, rng).format(world.caption), rng)
     words = _WORDS[world.name]
     if held_out:
         return _capitals(_new_sentence(words, rng), rng)

@@ -16,7 +16,7 @@ from ..pipelines.world import WorldPipeline
 from ..streaming import Frame, step_together
 from .dataset import Episodes
 from .measures import images
-from .prompts import WORLDS
+from .prompts import world_named
 
 CONTEXT = 8
 """True frames that the model sees before it draws."""
@@ -79,15 +79,6 @@ def cut(episodes: Episodes, starts: Tensor, world: Tensor, length: int) -> Clips
     """The true clips of `length` frames that begin at `starts`."""
     where = starts[:, None] + torch.arange(length)
     return Clips(episodes.take(where), episodes.actions[where], world, starts, episodes.names, episodes.buttons)
-
-
-def captions(names: Sequence[str]) -> list[str]:
-    """The canonical prompts of worlds by name."""
-    known = {world.name: world.caption for world in WORLDS}
-    unknown = sorted(set(names) - known.keys())
-    if unknown:
-        raise ValueError(f"no caption is known for {', '.join(unknown)}; known worlds: {', '.join(known)}")
-    return [known[name] for name in names]
 
 
 def keys_of(pipe: WorldPipeline, buttons: Sequence[str]) -> list[str]:
@@ -163,7 +154,7 @@ def continue_clips(
     Returns:
         uint8 [N, len(horizons), H, W, 3].
     """
-    keys, prompts = keys_of(pipe, clips.buttons), captions(clips.names)
+    keys, prompts = keys_of(pipe, clips.buttons), [world_named(name).caption for name in clips.names]
     kept, parts = set(horizons), []
     for rows in torch.arange(len(clips.world)).split(batch_size):
         drawing = draw(

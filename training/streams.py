@@ -6,7 +6,6 @@ the keys of the true game, some for hundreds of frames; a few begin anew each ti
 
 from __future__ import annotations
 
-import random
 from itertools import pairwise
 from typing import cast
 
@@ -18,9 +17,8 @@ from ..models.transformer import CausalTransformer3DModel
 from ..samplers import FlowSampler
 from ..streaming.kv_cache import KVCache
 from .dataset import Episodes
-from .prompts import WORLDS, phrases
 from .trainer import Batch
-from .world import FRAMES, PHRASES, WINDOW
+from .world import FRAMES, WINDOW, phrase_ids
 
 CONTEXT = WINDOW.frames - 1
 NEW = FRAMES - CONTEXT
@@ -64,7 +62,7 @@ class Streams:
         self.actions, self.world = episodes.actions.to(device), episodes.world.to(device)
         self.held_out = episodes.held_out.to(device)
         self.starts = episodes.windows(FRAMES, "train").to(device)
-        self.phrases = _phrase_ids(episodes, text_encoder).to(device)
+        self.phrases = phrase_ids(episodes.names, text_encoder).to(device)
         config = student.config
         self.cache = KVCache(
             layers=config["num_layers"],
@@ -162,11 +160,3 @@ class Streams:
         """Prompt tokens [rows, S, D]: one of the phrasings of each stream's world."""
         which = torch.randint(self.phrases.shape[1], pointer.shape, device=pointer.device)
         return self.text_encoder(self.phrases[self.world[pointer], which])
-
-
-def _phrase_ids(episodes: Episodes, tokenizer: ByteTextEncoder) -> Tensor:
-    """Byte ids [worlds, PHRASES, N]."""
-    chance, named = random.Random(0), {world.name: world for world in WORLDS}
-    return torch.stack(
-        [tokenizer.tokenize([phrases(named[name], chance) for _ in range(PHRASES)]) for name in episodes.names]
-    )

@@ -29,7 +29,7 @@ from ..models.transformer import CausalTransformer3DModel
 from ..streaming.kv_cache import Window
 from .codec import encode_pictures
 from .dataset import Episodes
-from .prompts import WORLDS, phrases
+from .prompts import phrases, world_named
 from .trainer import Batch, Budget, Trainer
 
 FRAMES = 32
@@ -138,6 +138,14 @@ def noise_levels(batch: int, frames: int, device: torch.device) -> tuple[Tensor,
     return torch.where(nearly_clean, sigma * CLEAN_SIGMA, sigma), weight / weight.mean()
 
 
+def phrase_ids(names: Sequence[str], tokenizer: ByteTextEncoder) -> Tensor:
+    """`PHRASES` phrasings of each world, as byte ids [worlds, PHRASES, N]."""
+    chance = random.Random(0)
+    return torch.stack(
+        [tokenizer.tokenize([phrases(world_named(name), chance) for _ in range(PHRASES)]) for name in names]
+    )
+
+
 class Windows:
     """Draws batches of latent windows with their actions and prompts, some spliced from two worlds."""
 
@@ -146,12 +154,8 @@ class Windows:
         self.latents, self.batch_size = latents, batch_size
         self.actions, self.world = episodes.actions.to(device), episodes.world.to(device)
         self.starts = episodes.windows(FRAMES, "train").to(device)
-        chance = random.Random(0)
-        named = {world.name: world for world in WORLDS}
-        self.prompts = torch.stack(
-            [tokenizer.tokenize([phrases(named[name], chance) for _ in range(PHRASES)]) for name in episodes.names]
-        ).to(device)
-        self.captions = tokenizer.tokenize([named[name].caption for name in episodes.names]).to(device)
+        self.prompts = phrase_ids(episodes.names, tokenizer).to(device)
+        self.captions = tokenizer.tokenize([world_named(name).caption for name in episodes.names]).to(device)
         self.silence = tokenizer.tokenize([""])[0].to(device)
 
     def __call__(self) -> Batch:

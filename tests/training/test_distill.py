@@ -11,6 +11,7 @@ from millstream.models.transformer import CausalTransformer3DModel
 from millstream.pipelines.world import WorldPipeline
 from millstream.samplers import FlowSampler
 from millstream.training import distill, pack, streams
+from millstream.training import world as recipe
 from millstream.training.trainer import Budget
 from millstream.training.world import FRAMES
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 @pytest.fixture(autouse=True)
 def _few_phrases(monkeypatch):
-    monkeypatch.setattr(streams, "PHRASES", 16)
+    monkeypatch.setattr(recipe, "PHRASES", 16)
 
 
 @pytest.fixture

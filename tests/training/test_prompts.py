@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from millstream.training.prompts import WORLDS, World, phrases
+from millstream.training.prompts import WORLDS, World, phrases, world_named
 
 DRAWS = 6000
 by_name = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
@@ -94,6 +94,10 @@ def test_phrases_follow_the_generator_whichever_kind_it_is():
         assert first == again != other
 
 
-def test_an_unknown_world_is_refused():
-    with pytest.raises(ValueError, match="no phrases are known for world 'doom'"):
-        phrases(World("doom", "hell"), random.Random(0))
+def test_a_gymnasium_environment_is_called_by_the_words_of_its_id():
+    world = world_named("crafter.env:CrafterReward-v1")
+    assert world.caption == "the world of crafter reward"
+    said = {phrases(world, random.Random(seed)).lower().rstrip(".") for seed in range(40)}
+    assert len(said) > 3
+    assert all("the world of crafter reward" in phrase for phrase in said)
+    assert not said & {phrases(world, random.Random(seed), held_out=True).lower().rstrip(".") for seed in range(40)}
