@@ -25,12 +25,13 @@ class ClipRequest:
 
     Attributes:
         prompt: the scene in words.
-        num_frames: frames to draw, at least 1.
+        num_frames: frames to draw; after an upload it may be 0.
         seed: same seed, keys and upload, same clip; from 0 to 2**63 - 1.
         num_inference_steps: sampler steps per frame; None for the model's own.
         guidance_scale: above 1 follows the prompt harder at twice the cost.
         keys: a key script such as "KeyW*40 ArrowLeft*20", for worlds.
-        upload: an image or a video that the clip goes on from.
+        upload: an image or a video that the clip begins with.
+        strength: how far the upload is redrawn, from 0 (only shown) to 1 (ignored).
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class ClipRequest:
     guidance_scale: float = 1.0
     keys: str = ""
     upload: Path | None = None
+    strength: float = 0.0
 
 
 def make_clip(
@@ -47,12 +49,12 @@ def make_clip(
 ) -> tuple[int, float]:
     """Draw `request` with `pipe` into the mp4 at `output`.
 
-    An uploaded picture is shown to the world before it draws; of a video, the last second or so that the world can
-    remember. The clip begins with what was shown.
+    The clip begins with the upload and goes on from it. Shown as it is, only the end of a video that the model can
+    remember is taken; redrawn, all of it.
 
     Args:
         pipe: has `stream`, `rate`, `size` and, for a world, `key_map`.
-        most: frames at most.
+        most: frames that may be drawn.
         progress: called with (frames done, frames in all) after each.
 
     Returns:
@@ -63,15 +65,17 @@ def make_clip(
     """
     from ...streaming import Frame, Recorder
 
-    if not 1 <= request.num_frames <= most:
-        raise ValueError(f"frames must be from 1 to {most}, got {request.num_frames}")
+    least = 1 if request.upload is None else 0
+    if not least <= request.num_frames <= most:
+        raise ValueError(f"frames must be from {least} to {most}, got {request.num_frames}")
     if not 0 <= request.seed <= MAX_SEED:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {request.seed}")
     prompt = check_prompt(request.prompt)
     held = _keys(pipe, request.keys)
     shown = []
     if request.upload is not None:
-        shown = read_pictures(request.upload, size=pipe.size, rate=pipe.rate, most=pipe.window.frames)
+        kept = most if request.strength else pipe.window.frames
+        shown = read_pictures(request.upload, size=pipe.size, rate=pipe.rate, most=kept)
     total = len(shown) + request.num_frames
     generator = torch.Generator().manual_seed(request.seed)
     start = time.monotonic()
@@ -84,6 +88,8 @@ def make_clip(
         ) as session,
         Recorder(output, rate=pipe.rate, scale=VIDEO_SCALE) as recorder,
     ):
+        if shown and request.strength:
+            session.steer(strength=request.strength)
         for picture in shown:
             for chunk in session.step(Frame(picture, time.monotonic())):
                 recorder.write(chunk)

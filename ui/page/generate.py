@@ -61,16 +61,19 @@ def _inputs(gr: Any) -> list[Any]:
         height=132,
         elem_classes="ms-upload",
     )
+    strength = gr.Slider(
+        0.0, 1.0, 0.0, step=0.05, label="Strength", info="0 goes on from the file, more redraws it", buttons=[]
+    )
     keys = gr.Textbox(
         label="Keys", value=EXAMPLE_KEYS, info="KEY*FRAMES, repeated to the end; - is no key", max_length=4000
     )
     with gr.Row():
-        frames = gr.Number(label="Frames", value=70, precision=0, minimum=1, elem_id="ms-clip-frames")
+        frames = gr.Number(label="Frames", value=70, precision=0, minimum=0, elem_id="ms-clip-frames")
         seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="ms-clip-seed")
     with gr.Row():
         steps = gr.Number(label="Steps per frame", value=0, precision=0, minimum=0, info="0 is the model's own")
         guidance = gr.Number(label="Guidance", value=1.0, minimum=0, maximum=100, info="1 is off")
-    return [prompt, upload, keys, frames, seed, steps, guidance]
+    return [prompt, upload, strength, keys, frames, seed, steps, guidance]
 
 
 def _drawer(gr: Any, settings: PageSettings) -> Any:
@@ -81,6 +84,7 @@ def _drawer(gr: Any, settings: PageSettings) -> Any:
     def draw(
         prompt: str,
         upload: str | None,
+        strength: float,
         keys: str,
         frames: float,
         seed: float,
@@ -99,6 +103,7 @@ def _drawer(gr: Any, settings: PageSettings) -> Any:
                 guidance_scale=float(guidance),
                 keys=keys,
                 upload=Path(upload) if upload else None,
+                strength=float(strength),
             )
             drawn, seconds = make_clip(
                 pipe,

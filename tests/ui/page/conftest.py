@@ -43,11 +43,6 @@ class Count:
     frame: int
 
 
-@dataclass(frozen=True, slots=True)
-class PictureControl(WorldControl):
-    strength: float = 1.0
-
-
 class Pictures:
     """A pipeline whose pictures a test can read, with the contract of a world's.
 
@@ -63,34 +58,34 @@ class Pictures:
     window = Window(8)
 
     def __init__(self) -> None:
-        self.controls: list[PictureControl] = []
+        self.controls: list[WorldControl] = []
         self.slow = 0.0
 
     def stream(self, prompt: str, *, generator=None, num_inference_steps=None, guidance_scale=1.0):
-        control = PictureControl(prompt=prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        control = WorldControl(prompt=prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         return Session(self, control, generator=generator)
 
     def nearest_world(self, prompt: str) -> tuple[str, float]:
         return (prompt, 1.0) if prompt in WORLDS else (WORLDS[0], 0.42)
 
-    def check(self, control: PictureControl) -> None:
+    def check(self, control: WorldControl) -> None:
         unknown = sorted(control.keys - KEYS.keys())
         if unknown:
             raise ValueError(f"unknown key {', '.join(unknown)}")
         if not control.prompt.strip():
             raise ValueError("the prompt is empty; describe a world")
 
-    def begin(self, control: PictureControl, *, generator=None) -> Count:
+    def begin(self, control: WorldControl, *, generator=None) -> Count:
         return Count(0)
 
     def advance(
-        self, states: Sequence[Count], controls: Sequence[PictureControl], media: Sequence[Frame | None]
+        self, states: Sequence[Count], controls: Sequence[WorldControl], media: Sequence[Frame | None]
     ) -> list[list[Chunk]]:
         if self.slow:
             time.sleep(self.slow)
         return [[self.draw(*job)] for job in zip(states, controls, media, strict=True)]
 
-    def draw(self, state: Count, control: PictureControl, shown: Frame | None) -> Chunk:
+    def draw(self, state: Count, control: WorldControl, shown: Frame | None) -> Chunk:
         self.controls.append(control)
         x = torch.arange(WIDTH)
         stripes = ((x + 2 * state.frame) % 16 < 8).float() * 0.5 + 0.25

@@ -50,6 +50,15 @@ def test_strength_reaches_the_model(camera: Any, world: Any, wait: Any) -> None:
     wait(lambda: world.controls and world.controls[-1].strength == 0.25)
 
 
+def test_more_options_reach_the_model(camera: Any, world: Any, wait: Any) -> None:
+    camera.page.click(".cover-button")
+    camera.page.click(".more summary")
+    camera.page.check(".more [name=skip_similar]")
+    camera.page.fill(".more [name=num_inference_steps]", "2")
+    camera.page.press(".more [name=num_inference_steps]", "Tab")
+    wait(lambda: world.controls[-1].skip_similar == 0.98 and world.controls[-1].num_inference_steps == 2)
+
+
 def test_one_camera_picture_at_a_time_is_unanswered(camera: Any, world: Any, server: Any, wait: Any) -> None:
     camera.page.click(".cover-button")
     wait(lambda: near(camera.colour("upper"), tuple(255 - channel for channel in CAMERA_RGB)))

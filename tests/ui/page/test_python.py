@@ -113,6 +113,15 @@ def test_a_clip_goes_on_from_an_upload(world: Any, tmp_path: Path) -> None:
     )  # the fake world draws what it sees as a negative
 
 
+def test_a_redrawn_video_keeps_its_length_and_its_strength(world: Any, tmp_path: Path) -> None:
+    video = save_video(tmp_path / "v.mp4", frames=20, rate=25)
+    request = ClipRequest("a maze", num_frames=0, upload=video, strength=0.5)
+    assert make_clip(world, request, tmp_path / "c.mp4", most=30, progress=lambda *at: None)[0] == 20
+    assert world.controls[-1].strength == 0.5
+    shown = ClipRequest("a maze", num_frames=0, upload=video)
+    assert make_clip(world, shown, tmp_path / "d.mp4", most=30, progress=lambda *at: None)[0] == world.window.frames
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -5,6 +5,7 @@ import { Controls } from "./controls.js";
 import { coverFor } from "./cover.js";
 import { Keys } from "./keys.js";
 import { Live } from "./live.js";
+import { More } from "./more.js";
 import { dropped, Numbers } from "./numbers.js";
 import { Picker } from "./picker.js";
 import { Screen } from "./screen.js";
@@ -33,6 +34,7 @@ class Page {
     this.keys = new Keys(this.stage, (changes, told) => this.live.steer(changes, told));
     this.controls = new Controls(root, this.live, { restart: () => this.restart() });
     this.words = new Words(root, this.live, { focus: () => this.stage.focus({ preventScroll: true }) });
+    this.more = new More(this.find(".more"), this.live);
     this.numbers = new Numbers(this.find("#panel-numbers"), this.live, this.screen);
     this.timeline = new Timeline(this.find(".timeline"), this.live);
     this.picker = new Picker(this.find(".picker"), this.find(".model"), server, {
