@@ -268,7 +268,8 @@ def test_cuda_quantises_and_multiplies_as_the_reference_does(dtype, size):
     seen = quantized_linear(x.bfloat16(), packed, bias)
     values, scale = quantize_rows(x.bfloat16(), dtype)
     exact = (values.double() * scale) @ (packed.values.double() * packed.scale).t() + bias
-    assert (seen.double() - exact).norm() / exact.norm() < 4e-3  # bfloat16, and the tensor cores' short sums in float8
+    # int8 sums are exact and rounded to bfloat16; float8 sums are short inside the tensor cores.
+    assert (seen.double() - exact).norm() / exact.norm() < (4e-3 if dtype == torch.int8 else 1e-2)
     plain = F.linear(x, weight, bias)
     assert (seen.float() - plain).norm() / plain.norm() < (0.015 if dtype == torch.int8 else 0.045)
 
