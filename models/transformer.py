@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
@@ -22,115 +21,29 @@ from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedd
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..kernels import apply_rotary, attend, rotary_angles
+from ..kernels import rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
+from .block import Block, Context, Six, modulated
 from .packed import PackedModelMixin
 
 # Per layer: (k, v) [B, S, H, d] of the prompt, (k, v, k, v) with an image prompt.
 TextKeys = Sequence[tuple[Tensor, ...]]
 
 
-class Context(NamedTuple):
-    """What every block of one pass shares."""
+class Condition(NamedTuple):
+    """What one timestep and one set of actions make of a pass, from `CausalTransformer3DModel.conditions`.
 
-    rotary: tuple[Tensor, Tensor]
-    mask: Tensor | BlockMask | None
-    cache: KVChunk | None
+    `head` are shift and scale of the last norm [B, G, D], `blocks` each block's shifts, scales and gates; or None for
+    long sequences, where those of all blocks at once would fill the memory: then they are made from `modulation`
+    [B, G, 6, D] in turn.
+    """
 
+    modulation: Tensor
+    head: tuple[Tensor, Tensor]
+    blocks: list[Six] | None = None
 
-class Attention(nn.Module):
-    """Projections and q/k norms of one attention layer; RMSNorm runs over all heads together, as in Wan."""
-
-    def __init__(self, dim: int, heads: int, eps: float, added_kv_proj_dim: int | None = None) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
-        if added_kv_proj_dim is not None:
-            self.add_k_proj, self.add_v_proj = (nn.Linear(added_kv_proj_dim, dim) for _ in range(2))
-            self.norm_added_k = nn.RMSNorm(dim, eps=eps)
-
-    def query(self, x: Tensor) -> Tensor:
-        return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
-
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1)), self.to_v(x).unflatten(-1, (self.heads, -1))
-
-    def image_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.norm_added_k(self.add_k_proj(x)).unflatten(-1, (self.heads, -1))
-        return k, self.add_v_proj(x).unflatten(-1, (self.heads, -1))
-
-    def out(self, x: Tensor) -> Tensor:
-        return self.to_out[0](x.flatten(-2))
-
-
-class Block(nn.Module):
-    """Self-attention, attention to the prompt, feed-forward; shift, scale and gate come from the timestep."""
-
-    def __init__(
-        self,
-        dim: int,
-        ffn_dim: int,
-        heads: int,
-        eps: float,
-        cross: bool,
-        cross_norm: bool,
-        added_kv_proj_dim: int | None,
-    ) -> None:
-        super().__init__()
-        self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
-        self.attn1 = Attention(dim, heads, eps)
-        if cross:
-            self.attn2 = Attention(dim, heads, eps, added_kv_proj_dim)
-            self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_norm else nn.Identity()
-        self.cross = cross
-        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
-        self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-
-    def forward(self, x: Tensor, modulation: Tensor, text: tuple[Tensor, ...], layer: int, context: Context) -> Tensor:
-        """`x` [B, L, D]; `modulation` [B, G, 6, D] for G equal groups of tokens; `text` keys as in `TextKeys`."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + modulation.float()).unbind(2)
-        y = self.self_attention(modulated(self.norm1(x.float()), shift, scale).type_as(x), layer, context)
-        x = gated(x.float(), y, gate).type_as(x)
-        if self.cross:
-            x = x + self.cross_attention(self.norm2(x.float()).type_as(x), text)
-        y = self.ffn(modulated(self.norm3(x.float()), ff_shift, ff_scale).type_as(x))
-        return gated(x.float(), y.float(), ff_gate).type_as(x)
-
-    def self_attention(self, x: Tensor, layer: int, context: Context) -> Tensor:
-        q, (k, v) = self.attn1.query(x), self.attn1.keys(x)
-        q, k, mask = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary), context.mask
-        dtype = v.dtype
-        if context.cache is not None:
-            k, v, mask = context.cache.attend_view(layer, k, v)
-        return self.attn1.out(attend(q.to(dtype), k.to(dtype), v.to(dtype), mask=mask))
-
-    def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        q = self.attn2.query(x)
-        prompts = text[0].shape[0]  # one prompt per stream, or one per frame
-        grouped = q.reshape(prompts, -1, *q.shape[2:])
-        prompt, *image = (
-            attend(grouped, k.to(q.dtype), v.to(q.dtype)) for k, v in zip(text[::2], text[1::2], strict=True)
-        )
-        out = prompt + image[0] if image else prompt
-        return self.attn2.out(out.reshape(q.shape))
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, `x` [B, L, D] with one shift and scale [B, G, D] per group of L / G tokens."""
-    if shift.shape[1] == 1:
-        return torch.addcmul(shift, x, 1 + scale)
-    return torch.addcmul(shift[:, :, None], x.unflatten(1, (shift.shape[1], -1)), 1 + scale[:, :, None]).flatten(1, 2)
-
-
-def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y gate, grouped as in `modulated`."""
-    if gate.shape[1] == 1:
-        return torch.addcmul(x, y, gate)
-    groups = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, groups), y.unflatten(1, groups), gate[:, :, None]).flatten(1, 2)
+    def six(self, layer: int, block: Block) -> Six:
+        return block.six(self.modulation) if self.blocks is None else self.blocks[layer]
 
 
 class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -218,7 +131,7 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
     def forward(
         self,
         hidden_states: Tensor,
-        timestep: Tensor,
+        timestep: Tensor | Condition,
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         return_dict: bool = True,
@@ -235,7 +148,8 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
 
         Args:
             hidden_states: [B, C, F, H, W] noisy latents.
-            timestep: [B], per frame [B, F] or per token [B, L]; 1000 sigma, in [0, 1000].
+            timestep: [B], per frame [B, F] or per token [B, L]; 1000 sigma, in [0, 1000]. Or one of `conditions`, which
+                holds the actions too.
             encoder_hidden_states: the prompt, as in `embed_text`; or give its `text_keys`.
             encoder_hidden_states_image: [B, N, image_dim].
             attention_kwargs: refused; diffusers' processors do not run here.
@@ -250,29 +164,71 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         """
         if attention_kwargs:
             raise ValueError(f"attention_kwargs are not supported, got {sorted(attention_kwargs)}")
-        p_t, p_h, p_w = self.config["patch_size"]
-        frames, height, width = self.grid(hidden_states)
-        x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        if self.config["position_grid"] is not None:
-            x = (x.unflatten(1, (frames, -1)) + self.position_embedding).flatten(1, 2).type_as(x)
         if text_keys is None:
             if encoder_hidden_states is None:
                 raise ValueError("the model needs a prompt: give encoder_hidden_states, or text_keys from embed_text")
             text_keys = self.embed_text(encoder_hidden_states, encoder_hidden_states_image)
-        temb, modulation = self.embed_time(timestep, actions, x.dtype)
+        frames, height, width = self.grid(hidden_states)
+        x = self.embed(hidden_states)
+        condition = timestep if isinstance(timestep, Condition) else self._condition(timestep, actions, x.dtype)
         if window is not None:
             mask = window.mask(frames, height * width, x.device)
-        if positions is None:
-            positions = torch.arange(frames, device=x.device) if cache is None else cache.positions
-        rotary = rotary_angles(positions, height, width, self.config["attention_head_dim"])
-        context = Context(rotary, mask, cache)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, modulation, text_keys[layer], layer, context)
-        shift, scale = (self.scale_shift_table + temb.float()[:, :, None]).unbind(2)
-        x = self.proj_out(modulated(self.norm_out(x.float()), shift, scale).type_as(x))
-        x = x.unflatten(1, (frames, height, width)).unflatten(-1, (p_t, p_h, p_w, -1))
+        context = Context(self._rotary(frames, height, width, positions, cache), mask, cache)
+        for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
+            x = block(x, condition.six(layer, block), text_keys[layer], layer, context)
+        x = self.proj_out(modulated(self.norm_out, x, *condition.head))
+        x = x.unflatten(1, (frames, height, width)).unflatten(-1, (*self.config["patch_size"], -1))
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+    def remember(
+        self, hidden_states: Tensor, timestep: Tensor | Condition, *, text_keys: TextKeys, cache: KVChunk, **given: Any
+    ) -> None:
+        """A pass for the sake of what it writes into `cache`: `forward` as far as the keys of the last block.
+
+        Args: as in `forward`; `given` are its `actions` and `positions`.
+        """
+        x = self.embed(hidden_states)
+        if not isinstance(timestep, Condition):
+            timestep = self._condition(timestep, given.get("actions"), x.dtype)
+        rotary = self._rotary(*self.grid(hidden_states), given.get("positions"), cache)
+        context, last = Context(rotary, None, cache), len(self.blocks) - 1
+        for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
+            if layer == last:
+                block.write_keys(x, timestep.six(layer, block), layer, context)
+            else:
+                x = block(x, timestep.six(layer, block), text_keys[layer], layer, context)
+
+    def conditions(self, timesteps: Sequence[float], actions: Tensor | None) -> list[Condition]:
+        """One `Condition` per timestep, computed together: all that a sampler's steps over one frame need.
+
+        Args:
+            timesteps: N of them, each in [0, 1000] and for all rows and frames.
+            actions: [B, F, action_dim].
+        """
+        dtype = self.proj_out.weight.dtype
+        levels = torch.stack([torch.full((1, 1), level, device=self.proj_out.weight.device) for level in timesteps])
+        embedded, modulation = self.embed_time(levels, None if actions is None else actions[None], dtype)
+        tables = torch.cat([block.scale_shift_table for block in cast("Sequence[Block]", self.blocks)])
+        # [N, layers, B, G, 6, D] and [N, B, G, 2, D]
+        blocks = modulation.float().unsqueeze(1) + tables[:, None, None]
+        heads = self.scale_shift_table + embedded.float().unsqueeze(-2)
+        return [
+            Condition(given, (head[:, :, 0], head[:, :, 1]), [cast("Six", layer.unbind(2)) for layer in step.unbind()])
+            for given, head, step in zip(modulation.unbind(), heads.unbind(), blocks.unbind())
+        ]
+
+    def fuse_projections(self) -> None:
+        """Make streams faster: q, k and v of every block in one product. Weights keep their names and values."""
+        for block in cast("Sequence[Block]", self.blocks):
+            block.attn1.fuse()
+
+    def embed(self, hidden_states: Tensor) -> Tensor:
+        """Latents as tokens [B, L, D]."""
+        x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        if self.config["position_grid"] is None:
+            return x
+        return (x.unflatten(1, (hidden_states.shape[2], -1)) + self.position_embedding).flatten(1, 2).type_as(x)
 
     def grid(self, hidden_states: Tensor) -> tuple[int, int, int]:
         """Frames, rows and columns of tokens."""
@@ -287,14 +243,33 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         return frames, height, width
 
     def embed_time(self, timestep: Tensor, actions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Embedding [B, G, D] and modulation [B, G, 6, D]; G is 1, the frames or the tokens."""
+        """Embedding [..., G, D] and modulation [..., G, 6, D]; G is 1, the frames or the tokens."""
         if (actions is None) != (self.config["action_dim"] == 0):
             seen = None if actions is None else tuple(actions.shape)
             raise ValueError(f"this model takes actions of width {self.config['action_dim']}, got {seen}")
         embedder = self.condition_embedder
-        grouped = timestep if timestep.ndim == 2 else timestep[:, None]
-        frequencies = embedder.timesteps_proj(grouped.flatten()).unflatten(0, grouped.shape)
+        frequencies = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
         temb = embedder.time_embedder(frequencies.to(embedder.time_embedder.linear_1.weight.dtype)).to(dtype)
         if actions is not None:
             temb = temb + self.action_embedder(actions.to(dtype))
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
+
+    def _condition(self, timestep: Tensor, actions: Tensor | None, dtype: torch.dtype) -> Condition:
+        """The condition of timesteps [B], [B, F] or [B, L]."""
+        temb, modulation = self.embed_time(timestep if timestep.ndim == 2 else timestep[:, None], actions, dtype)
+        shift, scale = (self.scale_shift_table + temb.float()[:, :, None]).unbind(2)
+        return Condition(modulation, (shift, scale))
+
+    def _rotary(
+        self, frames: int, height: int, width: int, positions: Tensor | None, cache: KVChunk | None
+    ) -> tuple[Tensor, Tensor]:
+        """Angles of every token, the same for all blocks and for all passes over a chunk."""
+        head_dim = self.config["attention_head_dim"]
+        if positions is not None:
+            return rotary_angles(positions, height, width, head_dim)
+        if cache is None:
+            return rotary_angles(torch.arange(frames, device=self.proj_out.weight.device), height, width, head_dim)
+        kind = ("rotary", height, width, head_dim)
+        if kind not in cache.memo:
+            cache.memo[kind] = rotary_angles(cache.positions, height, width, head_dim)
+        return cache.memo[kind]

@@ -76,6 +76,7 @@ class FrameDrawer(DiffusionPipeline):
 
         def drawn(chunk: KVChunk, numbers: Tensor, actions: Tensor, weight: Tensor) -> Tensor:
             text = self.arena.prompts(chunk.rows)
+            self._prepare(chunk, sigmas[:-1], actions)
 
             def denoise(latents: Tensor, sigma: float) -> Tensor:
                 flow = self._flow(latents, sigma, text, chunk, actions)
@@ -98,7 +99,12 @@ class FrameDrawer(DiffusionPipeline):
 
         def remembered(chunk: KVChunk, numbers: Tensor, latents: Tensor, actions: Tensor) -> None:
             noisy = self.scheduler.add_noise(latents, self._noise_of(numbers, COMMIT_NOISE), sigma)
-            self._flow(noisy, sigma, self.arena.prompts(chunk.rows), chunk, actions)
+            self.transformer.remember(
+                noisy.to(self.arena.dtype),
+                self.transformer.conditions([float(self.scheduler.timestep(sigma))], actions)[0],
+                text_keys=self.arena.prompts(chunk.rows),
+                cache=chunk,
+            )
             chunk.advance()
 
         self._run(("remember", sigma), remembered, chunk, [_numbers(states), latents, actions])
@@ -172,16 +178,17 @@ class FrameDrawer(DiffusionPipeline):
 
         return recordings.run((*kind, chunk.fill, "anywhere"), anywhere, [torch.tensor(rows.host), *inputs])
 
+    def _prepare(self, chunk: KVChunk, sigmas: Sequence[float], actions: Tensor) -> None:
+        """Compute at once what the passes at these levels over `chunk` are conditioned on."""
+        levels = list(dict.fromkeys(sigmas))
+        timesteps = [float(self.scheduler.timestep(level)) for level in levels]
+        chunk.memo.update(zip(levels, self.transformer.conditions(timesteps, actions)))
+
     def _flow(self, latents: Tensor, sigma: float, text: TextKeys, chunk: KVChunk, actions: Tensor) -> Tensor:
-        level = torch.full((latents.shape[0], 1), sigma, device=latents.device)
-        timestep = self.scheduler.timestep(level)
+        if sigma not in chunk.memo:
+            self._prepare(chunk, [sigma], actions)
         (flow,) = self.transformer(
-            latents.to(self.arena.dtype),
-            timestep,
-            actions=actions,
-            text_keys=text,
-            cache=chunk,
-            return_dict=False,
+            latents.to(self.arena.dtype), chunk.memo[sigma], text_keys=text, cache=chunk, return_dict=False
         )
         return flow.float()
 

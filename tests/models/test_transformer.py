@@ -3,6 +3,7 @@ one another."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -248,6 +249,105 @@ def test_save_and_load(tmp_path):
     assert hasattr(loaded.blocks[1], "attn2")
     given = inputs(SMALL) | {"timestep": torch.ones(2), "actions": torch.randn(2, 4, 3)}
     assert torch.equal(loaded(**given).sample, transformer(**given).sample)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_fused_projections_change_rounding_alone_and_no_weight(rows, tmp_path):
+    transformer = model(action_dim=3, position_grid=(2, 3))
+    given = inputs(SMALL, batch=rows) | {"timestep": torch.full((rows,), 300.0), "actions": torch.randn(rows, 4, 3)}
+    before = {name: (value, value.clone()) for name, value in transformer.named_parameters()}
+    expected = transformer(**given, window=Window(3)).sample
+    transformer.fuse_projections()
+    fused = transformer(**given, window=Window(3)).sample
+    torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
+    for name, value in transformer.named_parameters():
+        assert value is before[name][0], "optimizers and adapters hold the same parameters"
+        assert torch.equal(value, before[name][1])
+    transformer.save_pretrained(tmp_path)
+    loaded = CausalTransformer3DModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**given, window=Window(3)).sample, expected)
+
+
+@pytest.mark.parametrize("change", ["in place", "moved", "assigned", "adapter", "copied"])
+@torch.no_grad()
+def test_weights_that_change_after_fusing_are_the_ones_in_use(change):
+    transformer, fresh = model(), model()
+    given = inputs(SMALL) | {"timestep": torch.ones(2)}
+    transformer.fuse_projections()
+    expected = transformer(**given).sample
+    linear = transformer.blocks[1].attn1.to_k
+    if change == "in place":
+        linear.weight.mul_(2)
+    elif change == "moved":
+        transformer.to(torch.float64).to(torch.float32)
+        linear.weight.mul_(2)
+    elif change == "assigned":
+        state = {name: value.clone() for name, value in transformer.state_dict().items()}
+        state["blocks.1.attn1.to_k.weight"] *= 2
+        transformer.load_state_dict(state, assign=True)
+    elif change == "adapter":
+
+        class Adapter(torch.nn.Module):
+            def __init__(self, base):
+                super().__init__()
+                self.base, self.weight, self.bias = base, base.weight, base.bias
+
+            def forward(self, x):
+                return self.base(x) + x @ self.weight.T
+
+        transformer.blocks[1].attn1.to_k = Adapter(linear)
+    else:
+        transformer = copy.deepcopy(transformer)
+        transformer.blocks[1].attn1.to_k.weight.mul_(2)
+    fresh.blocks[1].attn1.to_k.weight.mul_(2)
+    seen = transformer(**given).sample
+    assert error(seen, fresh(**given).sample) < 1e-5
+    assert error(seen, expected) > 1e-4
+
+
+def test_fused_weights_learn():
+    transformer, fresh = model(), model()
+    transformer.fuse_projections()
+    given = inputs(SMALL) | {"timestep": torch.ones(2)}
+    for one in (transformer, fresh):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        one(**given).sample.square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert error(transformer(**given).sample, fresh(**given).sample) < 1e-5
+
+
+@torch.no_grad()
+def test_conditions_of_many_timesteps_are_those_of_each():
+    transformer = model(action_dim=3)
+    given = inputs(SMALL)
+    actions = torch.randn(2, 4, 3)
+    for timestep, condition in zip((900.0, 20.0), transformer.conditions([900.0, 20.0], actions)):
+        expected = transformer(timestep=torch.full((2,), timestep), actions=actions, **given).sample
+        assert error(transformer(timestep=condition, **given).sample, expected) < 1e-5
+    with pytest.raises(ValueError, match="actions of width 3, got None"):
+        transformer.conditions([900.0], None)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_remembering_writes_what_a_pass_writes(fused):
+    transformer, window = model(action_dim=3, cross_attention_layers=(0,)), Window(4, sinks=1)
+    if fused:
+        transformer.fuse_projections()
+    caches = [cache_for(transformer, window, 2) for _ in range(2)]
+    text = transformer.embed_text(inputs(SMALL)["encoder_hidden_states"])
+    for frame in range(6):
+        generator = torch.Generator().manual_seed(frame)
+        latents, actions = (torch.randn(2, *size, generator=generator) for size in ((4, 1, 4, 6), (1, 3)))
+        given = {"text_keys": text, "actions": actions}
+        for cache, run in zip(caches, (transformer, transformer.remember)):
+            chunk = cache.open([0, 1])
+            run(latents, torch.full((2, 1), 20.0), cache=chunk, **given)
+            chunk.commit()
+        for one, other in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+            assert torch.equal(one, other)
 
 
 def test_learns():

@@ -1,0 +1,209 @@
+"""One block of the causal transformer: attention to the stream, attention to the prompt, feed-forward.
+
+Shapes: B batch, L tokens, D model width, H heads of d channels, G groups of L / G neighbouring tokens that share a
+timestep (1, the frames or the tokens).
+
+Where a gradient is wanted the operations are Wan's, one by one. A stream is drawn through fewer of them: on a GPU by
+`kernels.fused`; on a CPU, where a small operation costs as much to start as to do, by what PyTorch does in one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import FP32LayerNorm
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+from ..kernels import apply_rotary, attend
+from ..kernels.fused import gate_residual, norm_modulate, norm_rotary
+from ..streaming.kv_cache import KVChunk
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Context(NamedTuple):
+    """What every block of one pass shares."""
+
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | BlockMask | None
+    cache: KVChunk | None
+
+
+class Fused(NamedTuple):
+    """Weights of q, k and v in one piece of memory: [3 D, D], [3 D]; and those of the norms of q and k, [2, D]."""
+
+    weight: Tensor
+    bias: Tensor
+    norm: Tensor
+
+
+class Attention(nn.Module):
+    """Projections and q/k norms of one attention layer; RMSNorm runs over all heads together, as in Wan."""
+
+    def __init__(self, dim: int, heads: int, eps: float, added_kv_proj_dim: int | None = None) -> None:
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+        if added_kv_proj_dim is not None:
+            self.add_k_proj, self.add_v_proj = (nn.Linear(added_kv_proj_dim, dim) for _ in range(2))
+            self.norm_added_k = nn.RMSNorm(dim, eps=eps)
+        self._fused: Fused | None = None
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1)), self.to_v(x).unflatten(-1, (self.heads, -1))
+
+    def image_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.norm_added_k(self.add_k_proj(x)).unflatten(-1, (self.heads, -1))
+        return k, self.add_v_proj(x).unflatten(-1, (self.heads, -1))
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.to_out[0](x.flatten(-2))
+
+    def rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, L, H, d] of `x`, q and k turned to their positions."""
+        if not self._is_fused():
+            q, (k, v) = self.query(x), self.keys(x)
+            return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
+        assert self._fused is not None, "as was just asked"
+        qkv = F.linear(x, self._fused.weight, self._fused.bias)
+        dim = qkv.shape[-1] // 3
+        v = qkv[..., 2 * dim :].unflatten(-1, (self.heads, -1))
+        if in_one_kernel(x):
+            weights = self._fused.norm.unbind()
+            q, k = (
+                norm_rotary(part, weight, *rotary, heads=self.heads, eps=self.eps)
+                for part, weight in zip((qkv[..., :dim], qkv[..., dim : 2 * dim]), weights)
+            )
+            return q, k, v
+        qk = qkv[..., : 2 * dim].unflatten(-1, (2, dim)).to(torch.promote_types(x.dtype, torch.float32))
+        size = torch.rsqrt(qk.square().mean(-1, keepdim=True).add_(self.eps))
+        turned = apply_rotary((qk * (size * self._fused.norm)).view(*x.shape[:2], 2 * self.heads, -1), *rotary)
+        q, k = turned.to(x.dtype).split(self.heads, dim=2)
+        return q, k, v
+
+    def fuse(self) -> None:
+        """Lay the weights of q, k and v side by side, so that one product makes all three. Names and values stay."""
+        if self._is_fused():
+            return
+        linears = self.to_q, self.to_k, self.to_v
+        if not all(type(linear) is nn.Linear for linear in linears):
+            return  # adapters and quantised layers do more than a product
+        with torch.no_grad():
+            self._fused = Fused(
+                torch.cat([linear.weight for linear in linears]),
+                torch.cat([linear.bias for linear in linears]),
+                torch.stack([self.norm_q.weight, self.norm_k.weight]),
+            )
+        for linear, weight, bias in zip(linears, self._fused.weight.chunk(3), self._fused.bias.chunk(3)):
+            linear.weight.data, linear.bias.data = weight, bias
+        self.norm_q.weight.data, self.norm_k.weight.data = self._fused.norm.unbind()
+
+    def _is_fused(self) -> bool:
+        """Are the weights still those that `fuse` laid out, and does nothing but a product stand between?"""
+        if self._fused is None or torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():  # which cannot see addresses
+            return True
+        linears = self.to_q, self.to_k, self.to_v
+        places = zip(linears, self._fused.weight.chunk(3))
+        return all(type(linear) is nn.Linear and linear.weight.data_ptr() == part.data_ptr() for linear, part in places)
+
+
+class Block(nn.Module):
+    """Self-attention, attention to the prompt, feed-forward; shift, scale and gate come from the timestep."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        eps: float,
+        cross: bool,
+        cross_norm: bool,
+        added_kv_proj_dim: int | None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.attn1 = Attention(dim, heads, eps)
+        if cross:
+            self.attn2 = Attention(dim, heads, eps, added_kv_proj_dim)
+            self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_norm else nn.Identity()
+        self.cross = cross
+        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, six: Six, text: tuple[Tensor, ...], layer: int, context: Context) -> Tensor:
+        """`x` [B, L, D]; `six` shifts, scales and gates [B, G, D]; `text` keys as in `TextKeys`."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = six
+        x = gated(x, self.self_attention(modulated(self.norm1, x, shift, scale), layer, context), gate)
+        if self.cross:
+            x = x + self.cross_attention(self.norm2(x.float()).type_as(x), text)
+        return gated(x, self.ffn(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
+
+    def six(self, modulation: Tensor) -> Six:
+        """Shift, scale and gate of both halves, from a timestep's `modulation` [B, G, 6, D]."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + modulation.float()).unbind(2)
+        return shift, scale, gate, ff_shift, ff_scale, ff_gate
+
+    def self_attention(self, x: Tensor, layer: int, context: Context) -> Tensor:
+        q, k, v = self.attn1.rotated(x, context.rotary)
+        mask, dtype = context.mask, v.dtype
+        if context.cache is not None:
+            k, v, mask = context.cache.attend_view(layer, k, v)
+        return self.attn1.out(attend(q.to(dtype), k.to(dtype), v.to(dtype), mask=mask))
+
+    def write_keys(self, x: Tensor, six: Six, layer: int, context: Context) -> None:
+        """Write the keys of `x` into the cache and stop there: all that is wanted of the last block of a commit."""
+        assert context.cache is not None, "keys are written for a stream"
+        _, k, v = self.attn1.rotated(modulated(self.norm1, x, six[0], six[1]), context.rotary)
+        context.cache.attend_view(layer, k, v)
+
+    def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        q = self.attn2.query(x)
+        prompts = text[0].shape[0]  # one prompt per stream, or one per frame
+        grouped = q.reshape(prompts, -1, *q.shape[2:])
+        prompt, *image = (
+            attend(grouped, k.to(q.dtype), v.to(q.dtype)) for k, v in zip(text[::2], text[1::2], strict=True)
+        )
+        out = prompt + image[0] if image else prompt
+        return self.attn2.out(out.reshape(q.shape))
+
+
+def in_one_kernel(x: Tensor) -> bool:
+    """Do the fused kernels serve here? Not for gradients, and `torch.compile` fuses better what it can see."""
+    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def modulated(norm: FP32LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) (1 + scale) + shift, `x` [B, L, D] with one shift and scale [B, G, D] per group of L / G tokens."""
+    if in_one_kernel(x):
+        return norm_modulate(x, shift, scale, eps=norm.eps)
+    if shift.shape[:2] == (1, 1):  # then they are a norm's own weights
+        return F.layer_norm(x.to(shift.dtype), shift.shape[2:], 1 + scale[0, 0], shift[0, 0], norm.eps).type_as(x)
+    normal = norm(x.float())
+    if shift.shape[1] == 1:
+        return torch.addcmul(shift, normal, 1 + scale).type_as(x)
+    groups = (shift.shape[1], -1)
+    wide = torch.addcmul(shift[:, :, None], normal.unflatten(1, groups), 1 + scale[:, :, None])
+    return wide.flatten(1, 2).type_as(x)
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y gate, grouped as in `modulated`."""
+    if in_one_kernel(x):
+        return gate_residual(x, y, gate)
+    if gate.shape[1] == 1:
+        return torch.addcmul(x.float(), y.float(), gate).type_as(x)
+    groups = (gate.shape[1], -1)
+    wide = torch.addcmul(x.float().unflatten(1, groups), y.float().unflatten(1, groups), gate[:, :, None])
+    return wide.flatten(1, 2).type_as(x)
