@@ -2,7 +2,7 @@
 
     python benchmarks/fused.py [--out fused.json] [--seconds 55]
 
-Prints one JSON object. Every time is the median of CUDA graph replays, per call, with inputs warm in the cache; every
+Prints one JSON object (and each number as it comes to stderr). Every time is the median of CUDA graph replays, per call, with inputs warm in the cache; every
 error is relative to float64. A variant that fails, or for which no time is left, says so in its place.
 """
 
@@ -12,8 +12,10 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -185,14 +187,36 @@ def report(case: Case, name: str, run: Callable[..., Tensor], deadline: float) -
     return result
 
 
-def cases() -> Iterator[Case]:
+def builders() -> Iterator[tuple[str, str, Callable[[], Iterator[Case]]]]:
+    """What to measure: an op, a size, and what makes its cases."""
     for size in SIZES:
-        yield from elementwise(size)
-    for size in SIZES:
-        yield from linear_attention(size)
+        yield "elementwise", size, partial(elementwise, size)
+        yield "linear_attend", size, partial(linear_attention, size)
     for size in list(SIZES)[:3]:
         for dtype in (torch.float8_e4m3fn, torch.int8):
-            yield from quantised(size, dtype)
+            yield f"linear {str(dtype)[6:]}", size, partial(quantised, size, dtype)
+
+
+def run_all(deadline: float) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+
+    def add(result: dict[str, Any]) -> None:
+        results.append(result)
+        print(json.dumps(result), file=sys.stderr, flush=True)  # what is known stays known if the machine is taken away
+
+    waiting = []
+    for op, size, build in builders():  # what is quick first, so that a slow compiler costs only its own numbers
+        try:
+            for case in build():
+                for name, run in case.variants.items():
+                    add(report(case, name, run, deadline))
+                waiting += [(case, run) for run in case.compiled.values()]
+        except Exception as error:  # nor must one op that can't be set up cost the others theirs
+            add({"op": op, "size": size, "failed": f"{type(error).__name__}: {error}"[:300]})
+    important = ["wan 1.3B, 3 frames", "world, 1 frame"]
+    for case, run in sorted(waiting, key=lambda job: not any(job[0].size.startswith(name) for name in important)):
+        add(report(case, "torch.compile", torch.compile(run, dynamic=False), deadline))
+    return sorted(results, key=lambda result: (result["op"], result["size"]))
 
 
 @torch.no_grad()
@@ -206,18 +230,13 @@ def main() -> None:
     start = time.monotonic()
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # one function is compiled once per size
-    results, waiting = [], []
-    for case in cases():  # what is quick first, so that a slow compiler costs only its own numbers
-        results += [report(case, name, run, start + options.seconds) for name, run in case.variants.items()]
-        waiting += [(case, run) for run in case.compiled.values()]
-    for case, run in waiting:
-        results.append(report(case, "torch.compile", torch.compile(run, dynamic=False), start + options.seconds))
+    results = run_all(start + options.seconds)
     text = json.dumps(
         {
             "machine": {"gpu": torch.cuda.get_device_name(), "python": platform.python_version()},
             "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
             "seconds": round(time.monotonic() - start, 1),
-            "results": sorted(results, key=lambda result: (result["op"], result["size"])),
+            "results": results,
         },
         indent=1,
     )
