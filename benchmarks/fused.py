@@ -2,8 +2,9 @@
 
     python benchmarks/fused.py [--out fused.json] [--seconds 55]
 
-Prints one JSON object (and each number as it comes to stderr). Every time is the median of CUDA graph replays, per call, with inputs warm in the cache; every
-error is relative to float64. A variant that fails, or for which no time is left, says so in its place.
+Prints one JSON object, and each number as it comes to stderr. Every time is the median of CUDA graph replays, per call,
+with inputs warm in the cache; every error is relative to float64. A variant that fails, or for which no time is left,
+says so in its place.
 """
 
 from __future__ import annotations
