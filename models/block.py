@@ -9,7 +9,7 @@ Where a gradient is wanted the operations are Wan's, one by one. A stream is dra
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -22,15 +22,21 @@ from ..kernels import apply_rotary, attend
 from ..kernels.fused import gate_residual, norm_modulate, norm_rotary
 from ..streaming.kv_cache import KVChunk
 
+if TYPE_CHECKING:
+    from .mixers import LinearMixer
+
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Context(NamedTuple):
-    """What every block of one pass shares."""
+    """What every block of one pass shares: `grid` frames, rows and columns of tokens, and how many neighbouring tokens
+    see each other whole where tokens are mixed linearly."""
 
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | BlockMask | None
     cache: KVChunk | None
+    grid: tuple[int, int, int]
+    block: int
 
 
 class Fused(NamedTuple):
@@ -130,8 +136,10 @@ class Block(nn.Module):
         cross: bool,
         cross_norm: bool,
         added_kv_proj_dim: int | None,
+        mixer: LinearMixer | None,
     ) -> None:
         super().__init__()
+        self.mixer = mixer
         self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.attn1 = Attention(dim, heads, eps)
         if cross:
@@ -156,6 +164,8 @@ class Block(nn.Module):
         return shift, scale, gate, ff_shift, ff_scale, ff_gate
 
     def self_attention(self, x: Tensor, layer: int, context: Context) -> Tensor:
+        if self.mixer is not None:
+            return self.attn1.out(self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context))
         q, k, v = self.attn1.rotated(x, context.rotary)
         mask, dtype = context.mask, v.dtype
         if context.cache is not None:
@@ -165,7 +175,11 @@ class Block(nn.Module):
     def write_keys(self, x: Tensor, six: Six, layer: int, context: Context) -> None:
         """Write the keys of `x` into the cache and stop there: all that is wanted of the last block of a commit."""
         assert context.cache is not None, "keys are written for a stream"
-        _, k, v = self.attn1.rotated(modulated(self.norm1, x, six[0], six[1]), context.rotary)
+        x = modulated(self.norm1, x, six[0], six[1])
+        if self.mixer is not None:
+            self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context)
+            return
+        _, k, v = self.attn1.rotated(x, context.rotary)
         context.cache.attend_view(layer, k, v)
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:

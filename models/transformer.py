@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..kernels import rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
 from .block import Block, Context, Six, modulated
+from .mixers import make_mixers
 from .packed import PackedModelMixin
 
 # Per layer: (k, v) [B, S, H, d] of the prompt, (k, v, k, v) with an image prompt.
@@ -55,6 +56,8 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         action_dim: width of a per-frame action vector, added to the timestep embedding; 0 for none.
         cross_attention_layers: which blocks attend to the prompt; all of them by default.
         position_grid: (rows, columns) of tokens that get a learned absolute position, None for rotary positions alone.
+        mixer: which layers attend linearly, and how: "softmax", "linear(sana)", "hybrid(sana, every=4)", or a name per
+            layer; see `millstream.models.mixers`. Streams of a model with linear layers need `mixers.make_cache`.
     """
 
     _supports_gradient_checkpointing = False
@@ -87,6 +90,7 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         action_dim: int = 0,
         cross_attention_layers: Sequence[int] | None = None,
         position_grid: tuple[int, int] | None = None,
+        mixer: str | Sequence[str] = "softmax",
     ) -> None:
         super().__init__()
         if qk_norm != "rms_norm_across_heads":
@@ -99,9 +103,11 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         self.condition_embedder = WanTimeTextImageEmbedding(
             dim, freq_dim, dim * 6, text_dim, image_embed_dim=image_dim, pos_embed_seq_len=pos_embed_seq_len
         )
+        tokens = None if position_grid is None else math.prod(position_grid)
+        mixers = make_mixers(mixer, num_layers, dim=dim, heads=num_attention_heads, tokens=tokens)
         self.blocks = nn.ModuleList(
-            Block(dim, ffn_dim, num_attention_heads, eps, layer in cross, cross_attn_norm, added_kv_proj_dim)
-            for layer in range(num_layers)
+            Block(dim, ffn_dim, num_attention_heads, eps, layer in cross, cross_attn_norm, added_kv_proj_dim, part)
+            for layer, part in enumerate(mixers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch_size))
@@ -155,7 +161,7 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
             attention_kwargs: refused; diffusers' processors do not run here.
             actions: [B, F, action_dim].
             window: attend causally under this window; everything sees everything by default.
-            mask: such a window's `mask` or `block_mask`, made once by the caller instead.
+            mask: such a window's `mask` or `block_mask`, made once by the caller. Linear layers need the window too.
             cache: the open chunk of a `KVCache`: attend to the stream so far. The frames' positions come from it.
             positions: int64 [F] or [B, F], each frame's place in its stream, where that is not its place in the tensor.
 
@@ -171,9 +177,13 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         frames, height, width = self.grid(hidden_states)
         x = self.embed(hidden_states)
         condition = timestep if isinstance(timestep, Condition) else self._condition(timestep, actions, x.dtype)
-        if window is not None:
+        if window is not None and mask is None:
             mask = window.mask(frames, height * width, x.device)
-        context = Context(self._rotary(frames, height, width, positions, cache), mask, cache)
+        elif mask is not None and window is None and any(block.mixer is not None for block in self.blocks):
+            raise ValueError("linear layers cannot read a mask; give the window it was made from as well")
+        block_frames = frames if window is None else window.block
+        rotary = self._rotary(frames, height, width, positions, cache)
+        context = Context(rotary, mask, cache, (frames, height, width), block_frames * height * width)
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             x = block(x, condition.six(layer, block), text_keys[layer], layer, context)
         x = self.proj_out(modulated(self.norm_out, x, *condition.head))
@@ -191,8 +201,8 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         x = self.embed(hidden_states)
         if not isinstance(timestep, Condition):
             timestep = self._condition(timestep, given.get("actions"), x.dtype)
-        rotary = self._rotary(*self.grid(hidden_states), given.get("positions"), cache)
-        context, last = Context(rotary, None, cache), len(self.blocks) - 1
+        grid, last = self.grid(hidden_states), len(self.blocks) - 1
+        context = Context(self._rotary(*grid, given.get("positions"), cache), None, cache, grid, math.prod(grid))
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             if layer == last:
                 block.write_keys(x, timestep.six(layer, block), layer, context)
