@@ -1,11 +1,14 @@
 """Everything that lives across time: chunks, controls, sessions, mailboxes, sources, sinks, metrics. Knows no model."""
 
+from .fit import fit
 from .kv_cache import KVCache
 from .live import live
 from .mailbox import Bounded, Closed, Latest
 from .metrics import Metrics
+from .network import NetworkCamera
 from .recorder import Recorder
 from .session import Session, step_together
+from .sinks import Steady, Tee, VirtualCamera
 from .snapshot import Snapshot
 from .sources import Camera, VideoFile
 from .types import (
@@ -36,16 +39,21 @@ __all__ = [
     "Latest",
     "Leaves",
     "Metrics",
+    "NetworkCamera",
     "Recorder",
     "Session",
     "Sink",
     "Snapshot",
     "Source",
     "SpeechControl",
+    "Steady",
     "Streamable",
+    "Tee",
     "VideoControl",
     "VideoFile",
+    "VirtualCamera",
     "WorldControl",
+    "fit",
     "live",
     "step_together",
 ]

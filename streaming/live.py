@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Thread
 from typing import Any
 
+from .fit import fit
 from .mailbox import Bounded, Closed, Latest
 from .metrics import Ended, Metrics
 from .session import Session
@@ -32,8 +33,8 @@ def live(
     """Run `session` on `source` into `sink` until one of them ends, `until` says so, or Ctrl-C.
 
     With a source, each step answers the newest frame and older ones are dropped, so a camera that is faster than the
-    model never builds a queue. Without one, steps are paced to the rate of the stream and begin as late as they may,
-    so that each reads the newest control.
+    model never builds a queue; pictures are fitted (`fit`) to the size of a pipeline that has one. Without a source,
+    steps are paced to the rate of the stream and begin as late as they may, so that each reads the newest control.
 
     Args:
         source: read on a thread of its own and closed there; None for a stream that needs no input.
@@ -98,12 +99,17 @@ class _Loop:
                 if frame is None:
                     self.stopping.wait(POLL_SECONDS)
                 else:
-                    self.inbox.put(frame)
+                    self.inbox.put(self._fitted(frame))
         except (EndOfStream, Closed):
             pass
         finally:
             self.inbox.close()
             self.source.close()  # here, because closing a camera under a running read crashes drivers
+
+    def _fitted(self, frame: Frame) -> Frame:
+        """A picture as the pipeline takes it; here, because the source's thread has the time."""
+        size = getattr(self.session.pipeline, "size", None)
+        return frame if size is None else frame._replace(data=fit(frame.data, size))
 
     def _draw(self) -> None:
         metrics = self.session.metrics

@@ -26,9 +26,9 @@ class Camera:
     """
 
     def __init__(self, index: int = 0) -> None:
-        cv2 = _cv2()
+        cv2 = opencv()
         self.index = index
-        with _Quiet(cv2):
+        with Quiet(cv2):
             self._capture = cv2.VideoCapture(index)
         if not self._capture.isOpened():
             raise OSError(f"camera {index} cannot be opened: is it plugged in, allowed, and free of other programs?")
@@ -45,7 +45,7 @@ class Camera:
         now = time.monotonic()
         if ok:
             self._last = now
-            return Frame(_rgb(image), now)
+            return Frame(rgb(image), now)
         if now - self._last > SILENCE_SECONDS:
             raise OSError(f"camera {self.index} gives no frames any more: was it unplugged?")
         return None
@@ -54,8 +54,34 @@ class Camera:
         self._capture.release()
 
 
+class Playback:
+    """When the frames of a file are due: at its own rate, counted from the first look at the clock.
+
+    A reader that is slower than the file plays it slower: frames never grow old in here.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._start: float | None = None
+        self._index = 0
+
+    def due(self, now: float) -> float | None:
+        """When the next frame was due, which counts it as read; None before."""
+        self._start = now if self._start is None else self._start
+        due = self._start + self._index / self.rate
+        if now < due:
+            return None
+        if now - due > 1 / self.rate:
+            self._start, due = self._start + now - due, now
+        self._index += 1
+        return due
+
+
 class VideoFile:
     """A video file. `read` plays it at its own rate, as if it were a camera; iterating gives every frame at once.
+
+    Args:
+        loop: begin again at the end, for ever.
 
     Attributes:
         rate: frames per second.
@@ -65,36 +91,31 @@ class VideoFile:
         ValueError: OpenCV finds no video in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        cv2 = _cv2()
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, loop: bool = False) -> None:
+        cv2 = opencv()
+        self.path, self.loop = Path(path), loop
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no video file {self.path}")
-        with _Quiet(cv2):
+        self._open()
+        self.rate: float = self._capture.get(cv2.CAP_PROP_FPS) or 30.0  # some containers do not say
+        self._playback = Playback(self.rate)
+
+    def _open(self) -> None:
+        cv2 = opencv()
+        with Quiet(cv2):
             self._capture = cv2.VideoCapture(str(self.path))
         if not self._capture.isOpened() or not self._capture.grab():
             raise ValueError(f"{self.path} is not a video that OpenCV can read; convert it to mp4 (H.264)")
         self._grabbed = True
-        self.rate: float = self._capture.get(cv2.CAP_PROP_FPS) or 30.0  # some containers do not say
-        self._start: float | None = None
-        self._index = 0
 
     def read(self) -> Frame | None:
         """The next frame once it is due, None before; its time is when it was due. The first read starts the clock.
 
-        A reader that is slower than the file plays it slower: frames never grow old in here.
-
         Raises:
             EndOfStream: the file is over.
         """
-        now = time.monotonic()
-        self._start = now if self._start is None else self._start
-        due = self._start + self._index / self.rate
-        if now < due:
-            return None
-        if now - due > 1 / self.rate:
-            self._start, due = self._start + now - due, now
-        return Frame(self._next(), due)
+        due = self._playback.due(time.monotonic())
+        return None if due is None else Frame(self._next(), due)
 
     def __iter__(self) -> Iterator[Tensor]:
         """The frames that are left, as fast as they can be decoded."""
@@ -106,22 +127,25 @@ class VideoFile:
 
     def _next(self) -> Tensor:
         if not self._grabbed and not self._capture.grab():
-            raise EndOfStream(f"{self.path} is over")
+            if not self.loop:
+                raise EndOfStream(f"{self.path} is over")
+            self._capture.release()
+            self._open()
         self._grabbed = False
-        self._index += 1
-        return _rgb(self._capture.retrieve()[1])
+        return rgb(self._capture.retrieve()[1])
 
     def close(self) -> None:
         self._capture.release()
 
 
-def _rgb(image_HWC) -> Tensor:
-    cv2 = _cv2()
+def rgb(image_HWC) -> Tensor:
+    """OpenCV's picture, bytes [H, W, 3] in blue, green, red, as [3, H, W] in [0, 1]."""
+    cv2 = opencv()
     pixels = torch.from_numpy(cv2.cvtColor(image_HWC, cv2.COLOR_BGR2RGB))
     return pixels.permute(2, 0, 1).contiguous().float().div_(255)
 
 
-class _Quiet:
+class Quiet:
     """OpenCV prints several lines of its own about a missing camera; our one sentence says it."""
 
     def __init__(self, cv2) -> None:
@@ -135,7 +159,9 @@ class _Quiet:
         self._logging.setLogLevel(self._level)
 
 
-def _cv2():
+def opencv():
+    """OpenCV, whose decoders then keep their complaints to themselves unless the user has asked to see them."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         import cv2
     except ImportError:

@@ -79,6 +79,8 @@ class Window:
     def write(self, chunk: Chunk) -> None:
         """Show `chunk`'s frames at its rate; a late frame is shown at once, and those after it keep their distance.
 
+        Late is also what was captured before the last frame was shown: a camera faster than the rate must not wait.
+
         Raises:
             EndOfStream: the user has closed the window.
         """
@@ -88,6 +90,8 @@ class Window:
             raise EndOfStream("the window was closed")
         if chunk.kind != "video":
             return
+        if self._shown and chunk.time < self._shown[-1]:
+            self._due = 0.0
         for frame in chunk.data:
             self._wait(self._due - time.monotonic())
             now = time.monotonic()
@@ -171,7 +175,7 @@ def _opencv() -> Any:
 
 def _require_screen() -> None:
     """Refuse a machine without a screen. Qt ends the process that finds none, so another process asks first."""
-    advice = "on a headless machine, write a file instead: millstream run PROMPT -o walk.mp4"
+    advice = "on a headless machine, write a file instead: millstream run PROMPT or live --video FILE, with -o OUT.mp4"
     if sys.platform != "linux":
         return
     if not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):

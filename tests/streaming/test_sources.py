@@ -113,3 +113,37 @@ def test_a_camera_that_falls_silent_is_reported(monkeypatch):
     with pytest.raises(OSError, match="camera 0 gives no frames any more"):
         camera.read()
     camera.close()
+
+
+def test_a_file_in_a_loop_goes_on_for_ever(clip):
+    video = VideoFile(clip, loop=True)
+    red = [float(frame[0, 8:24, 8:24].mean()) for _, frame in zip(range(25), video)]
+    assert red[:10] == red[10:20]
+    assert red[20:] == red[:5]
+    frames = []
+    while len(frames) < 14:
+        frame = video.read()
+        frames += [frame.time] if frame else []
+    assert frames == sorted(frames)
+    assert frames[-1] - frames[0] == pytest.approx(13 / 25, abs=0.2)
+    video.close()
+
+
+def test_live_fits_the_pictures_of_any_camera_to_the_pipeline(clip, toy, seeded):
+    from millstream.streaming import Session, WorldControl, live
+
+    seen = []
+
+    class Sized(toy):
+        size = (24, 32)
+
+        def advance(self, states, controls, media):
+            seen.extend(tuple(frame.data.shape) for frame in media)
+            return super().advance(states, controls, media)
+
+    class Nothing:
+        def write(self, chunk): ...
+        def close(self): ...
+
+    live(VideoFile(clip), Session(Sized(), WorldControl("x"), generator=seeded()), Nothing())
+    assert set(seen) == {(3, 24, 32)}

@@ -1,4 +1,7 @@
-"""A world that needs no weights: a frame's green says whether KeyW is down, red counts, blue is the prompt."""
+"""A world that needs no weights: a frame's green says whether KeyW is down, red counts, blue is the prompt.
+
+Shown a picture, it answers with the picture's mean colour.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +34,22 @@ class FakeWorld:
     """Keeps the contract of a world pipeline, at 12x16."""
 
     rate = 17.5
+    size = (12, 16)
     device = torch.device("cpu")
     key_map = KEYS
     worlds = ("a brick corridor", "a slime arena")
 
     def __init__(self) -> None:
         self.seen: list[WorldControl] = []
+        self.shown: list[Frame] = []
         self.asked: dict[str, object] = {}
 
-    def stream(self, prompt: str, *, generator=None, num_inference_steps=None) -> Session[FakeState, WorldControl]:
+    def stream(
+        self, prompt: str, *, generator=None, num_inference_steps=None, **settings
+    ) -> Session[FakeState, WorldControl]:
         seed = None if generator is None else generator.initial_seed()
-        self.asked = {"prompt": prompt, "seed": seed, "steps": num_inference_steps}
-        return Session(self, WorldControl(prompt=prompt), generator=generator)
+        self.asked = {"prompt": prompt, "seed": seed, "steps": num_inference_steps, **settings}
+        return Session(self, WorldControl(prompt=prompt, **settings), generator=generator)
 
     def nearest_world(self, prompt: str) -> tuple[str, float]:
         near = [world for world in self.worlds if world in prompt]
@@ -58,9 +65,12 @@ class FakeWorld:
         self, states: Sequence[FakeState], controls: Sequence[WorldControl], media: Sequence[Frame | None]
     ) -> list[list[Chunk]]:
         drawn = []
-        for state, control in zip(states, controls, strict=True):
+        for state, control, frame in zip(states, controls, media, strict=True):
             self.seen.append(control)
             colour = (state.frame % 100 / 100, float("KeyW" in control.keys), float("slime" in control.prompt))
+            if frame is not None:
+                self.shown.append(frame)
+                colour = frame.data.mean((1, 2)).tolist()
             data = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 12, 16)
             drawn.append([Chunk("video", data, state.frame, self.rate, control.version, time.monotonic())])
             state.frame += 1
@@ -83,6 +93,6 @@ class FakeWorld:
 def world(monkeypatch: pytest.MonkeyPatch) -> FakeWorld:
     """The fake world, in place of whatever a command would load."""
     fake = FakeWorld()
-    for command in ("run", "demo", "play", "bench"):
+    for command in ("run", "demo", "play", "bench", "live"):
         monkeypatch.setattr(f"millstream.ui.commands.{command}.load_world", lambda name, device: fake)
     return fake

@@ -87,6 +87,14 @@ def test_frames_keep_their_rate(opencv: FakeOpenCV) -> None:
     assert 0.08 <= time.monotonic() - start < 0.5
 
 
+def test_a_camera_faster_than_the_rate_does_not_wait(opencv: FakeOpenCV) -> None:
+    shown, captured = Window(), time.monotonic()
+    start = time.monotonic()
+    for _ in range(5):
+        shown.write(Chunk("video", torch.zeros(1, 3, 12, 16), 0, 2.0, 0, captured))
+    assert time.monotonic() - start < 0.5
+
+
 def test_keys_are_heard_and_held(opencv: FakeOpenCV) -> None:
     shown = Window(hold=0.2)
     opencv.typed.extend([ord("w"), 0xFF51, ord("w"), 0x100000 | ord("3")])

@@ -1,0 +1,165 @@
+"""`millstream live`: a camera, a video or a stream from the network becomes a world, in a window or a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from ..live import SteeringWindow, hear, translate
+from ..world import VIDEO_SCALE, check_prompt, check_recording, load_world, positive_seconds, say_nearest
+from .run import add_world_options
+
+if TYPE_CHECKING:
+    from ...pipelines.world import WorldPipeline
+    from ...streaming import Camera, NetworkCamera, Session, Source, VideoFile, VirtualCamera
+
+STRENGTH = 0.4  # by eye: enough to be the world, little enough to follow the camera
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "live",
+        help="turn a camera, a video or a network stream into a world while you watch",
+        description="For example: millstream live --camera 0 --prompt 'a brick corridor with soldiers'",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--camera", type=camera_number, metavar="N", help="a webcam by number (default: 0)")
+    source.add_argument("--video", type=Path, metavar="FILE", help="a video file instead of a camera")
+    source.add_argument("--url", help="an rtsp://, http:// or https:// stream instead of a camera")
+    parser.add_argument("--loop", action="store_true", help="play --video again and again")
+    parser.add_argument("--prompt", help="the world, in words (default: the model's first)")
+    parser.add_argument("--seconds", type=positive_seconds, help="stop after so long (default: go on)")
+    parser.add_argument("-o", "--output", type=Path, metavar="MP4", help="write the picture to a file; no window then")
+    parser.add_argument("--virtual-camera", action="store_true", help="offer the picture to other programs; no window")
+    parser.add_argument("--window", action="store_true", help="open a window besides -o or --virtual-camera")
+    parser.add_argument(
+        "--strength", type=share, default=STRENGTH, help=f"0 keeps the picture, 1 ignores it (default: {STRENGTH})"
+    )
+    parser.add_argument("--follow-motion", type=share, default=0.0, help="share of it that fast motion takes off")
+    parser.add_argument("--skip-similar", type=share, help="likeness above which pictures may be skipped: 0.98")
+    parser.add_argument("--stream-batch", action="store_true", help="several frames in one pass: faster, a bit later")
+    add_world_options(parser)
+    parser.set_defaults(run=run)
+
+
+def camera_number(text: str) -> int:
+    """For `argparse`: 0, 1, ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be the number of a camera, 0 for the first, got {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """For `argparse`: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Refuse what can be refused before the model is loaded; then go."""
+    from ...streaming import VideoFile
+
+    settings = check(arguments)
+    with ExitStack() as at_end, ExitStack() as if_refused:
+        source = open_source(arguments)
+        if_refused.callback(source.close)
+        window, virtual = open_views(arguments, if_refused)
+        pipe = load_world(arguments.model, arguments.device)
+        prompt = arguments.prompt or pipe.worlds[0]
+        say_nearest(pipe, prompt)
+        import torch
+
+        generator = torch.Generator().manual_seed(arguments.seed)
+        session = at_end.enter_context(pipe.stream(prompt, generator=generator, **settings))
+        if_refused.pop_all()  # from here on `live` or `translate` closes them
+        if isinstance(source, VideoFile) and arguments.output is not None and window is None and virtual is None:
+            translate(pipe, source, session, arguments.output, seconds=arguments.seconds)
+            return 0
+        return go(arguments, pipe, source, session, window, virtual)
+
+
+def check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the session is opened with, if everything that was asked for goes together."""
+    from ...streaming import WorldControl
+
+    if arguments.prompt is not None:
+        check_prompt(arguments.prompt)
+    if arguments.loop and arguments.video is None:
+        raise ValueError("--loop needs --video: only a file has an end to begin again from")
+    if arguments.loop and arguments.output is not None and arguments.seconds is None:
+        raise ValueError("--loop with -o would never end; say how long with --seconds")
+    settings: dict[str, Any] = {
+        "num_inference_steps": arguments.steps,
+        "strength": arguments.strength,
+        "stream_batch": arguments.stream_batch,
+        "skip_similar": arguments.skip_similar,
+        "follow_motion": arguments.follow_motion,
+    }
+    WorldControl(**settings)
+    if arguments.output is not None:
+        check_recording(arguments.output)
+    return settings
+
+
+def open_source(arguments: argparse.Namespace) -> Camera | VideoFile | NetworkCamera:
+    """The camera, file or address that was named."""
+    from ...streaming import Camera, NetworkCamera, VideoFile
+
+    if arguments.video is not None:
+        return VideoFile(arguments.video, loop=arguments.loop)
+    return Camera(arguments.camera or 0) if arguments.url is None else NetworkCamera(arguments.url)
+
+
+def open_views(
+    arguments: argparse.Namespace, if_refused: ExitStack
+) -> tuple[SteeringWindow | None, VirtualCamera | None]:
+    """Where the picture is seen at once: a window, unless it goes elsewhere; a virtual camera, if asked for."""
+    from ...streaming import VirtualCamera
+
+    virtual = VirtualCamera() if arguments.virtual_camera else None
+    if arguments.window or not (arguments.output or arguments.virtual_camera):
+        window = SteeringWindow()
+        if_refused.callback(window.close)
+        return window, virtual
+    return None, virtual
+
+
+def go(
+    arguments: argparse.Namespace,
+    pipe: WorldPipeline,
+    source: Source,
+    session: Session,
+    window: SteeringWindow | None,
+    virtual: VirtualCamera | None,
+) -> int:
+    """Run the live loop until the source, the window, the clock or Ctrl-C ends it, and say how it went."""
+    from ...streaming import Recorder, Sink, Steady, Tee, live
+
+    sinks: list[Sink] = [sink for sink in (window, virtual) if sink is not None]
+    recorder = None
+    if arguments.output is not None:
+        recorder = Recorder(arguments.output, rate=pipe.rate, scale=VIDEO_SCALE)
+        sinks.append(Steady(recorder, rate=pipe.rate))
+    if window is not None:
+        window.steers(session, pipe.worlds)
+        print("1 to 9: another world; up and down: strength; Esc: quit")
+    if sys.stdin is not None and sys.stdin.isatty():
+        print("type a prompt, or a strength from 0 to 1, and press Enter to change it")
+        Thread(target=hear, args=(sys.stdin, session), name="millstream-terminal", daemon=True).start()
+    metrics = live(source, session, Tee(*sinks), until=arguments.seconds)
+    print(metrics.status())
+    if recorder is not None and recorder.frames:
+        print(f"{recorder.path}: {recorder.frames} frames ({recorder.frames / recorder.rate:.1f} s)")
+    if metrics.ended == "interrupt":
+        raise KeyboardInterrupt
+    return 0
