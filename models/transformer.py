@@ -177,9 +177,10 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         frames, height, width = self.grid(hidden_states)
         x = self.embed(hidden_states)
         condition = timestep if isinstance(timestep, Condition) else self._condition(timestep, actions, x.dtype)
-        if window is not None and mask is None:
+        linear = sum(block.mixer is not None for block in cast("Sequence[Block]", self.blocks))
+        if window is not None and mask is None and linear < len(self.blocks):
             mask = window.mask(frames, height * width, x.device)
-        elif mask is not None and window is None and any(block.mixer is not None for block in self.blocks):
+        elif mask is not None and window is None and linear:
             raise ValueError("linear layers cannot read a mask; give the window it was made from as well")
         block_frames = frames if window is None else window.block
         rotary = self._rotary(frames, height, width, positions, cache)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels import philox_normal
 from ..models.frame_codec import FrameAutoencoder
+from ..models.mixers import make_cache
 from ..models.text_encoder import ByteTextEncoder
 from ..models.transformer import CausalTransformer3DModel, TextKeys
 from ..samplers import FlowSampler
@@ -57,17 +58,8 @@ class FrameDrawer(DiffusionPipeline):
         return self.arena.take()
 
     def _make_cache(self, rows: int) -> KVCache:
-        model, config = self.transformer, self.transformer.config
-        return KVCache(
-            layers=config["num_layers"],
-            rows=rows,
-            heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            tokens_per_frame=self.size[0] * self.size[1] // 256,
-            window=self.window,
-            device=model.device,
-            dtype=model.dtype,
-        )
+        tokens = self.size[0] * self.size[1] // 256
+        return make_cache(self.transformer, rows=rows, tokens_per_frame=tokens, window=self.window)
 
     def draw(self, states: Sequence[WorldState], chunk: KVChunk, actions: Tensor, control: WorldControl) -> Tensor:
         """Denoise the next frame of every state: latents [B, C, 1, h, w]."""
