@@ -25,7 +25,7 @@ def random_inputs(grid: tuple[int, ...], heads: int, dim: int, device: str) -> I
 
 
 def clustered_inputs(grid: tuple[int, ...], heads: int, dim: int, device: str) -> Inputs:
-    """Runs of 64 tokens share a key and a value up to noise, and queries favour none: dropping blocks costs most here."""
+    """Runs of 64 tokens share a key and a value up to noise, and queries favour none: dropping costs most here."""
     generator = torch.Generator(device).manual_seed(7)
     tokens = grid[0] * grid[1] * grid[2]
 

@@ -1,11 +1,10 @@
 """8-bit queries, keys and values for attention, one scale per tile (block of a plan) and head.
 
-INT8 (SageAttention, arXiv 2410.02367): queries and keys are INT8, values keep their type. Keys are smoothed first:
-their mean over the SEQUENCE is subtracted, which moves every score of a query by the same s q.k_mean; softmax does not
-see it, and the log-sum-exp gets it back.
+Keys are smoothed first (SageAttention, arXiv 2410.02367): their mean over the SEQUENCE is subtracted, which moves every
+score of a query by the same s q.k_mean; softmax does not see it, and the log-sum-exp gets it back.
 
-FP8: queries and keys are e4m3 with a scale per tile; values are e4m3 with a scale per channel, and lie with their keys
-next to one another, as Hopper's FP8 tensor cores want them.
+INT8: queries and keys are INT8, values keep their type. FP8: queries and keys are e4m3 with a scale per tile; values
+are e4m3 with a scale per channel, and lie with their keys next to one another, as Hopper's FP8 tensor cores want them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ EPSILON = 1e-12  # a block of zeros has scale 0 without it, and 0 / 0 is NaN
 class Quantized(NamedTuple):
     """q, k [B, L, H, D] in 8 bits, scales [B, H, blocks]; v in 8 bits [B, H, D, L], scales [B, H, D], or as it was.
 
-    `mean_key` [B, H, D] is what was subtracted from the keys (INT8).
+    `mean_key` [B, H, D] is what was subtracted from the keys.
     """
 
     q: Tensor
@@ -35,24 +34,21 @@ class Quantized(NamedTuple):
     q_scale: Tensor
     k_scale: Tensor
     v_scale: Tensor | None
-    mean_key: Tensor | None
+    mean_key: Tensor
 
 
 def quantize_attention(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], how: Quantize) -> Quantized:
     """Quantise q, k, v [B, L, H, D], tokens in slot order, for a plan of these blocks."""
-    mean_key = None
-    if how == "int8":
-        mean_key = k.mean(1, dtype=torch.float32)
-        q8, q_scale = quantize_tiles(q, block[0], how)
-        k8, k_scale = quantize_tiles(k, block[1], how, mean_key)
-        return Quantized(q8, k8, v, q_scale, k_scale, None, mean_key)
+    mean_key = k.mean(1, dtype=torch.float32)
     q8, q_scale = quantize_tiles(q, block[0], how)
-    k8, k_scale = quantize_tiles(k, block[1], how)
+    k8, k_scale = quantize_tiles(k, block[1], how, mean_key)
+    if how == "int8":
+        return Quantized(q8, k8, v, q_scale, k_scale, None, mean_key)
     v_scale = v.abs().amax(1).float() / LARGEST[how] + EPSILON  # [B, H, D]
     rows = -(-v.shape[1] // 16) * 16  # a tensor descriptor's rows start at multiples of 16 bytes
     v8 = torch.zeros((v.shape[0], v.shape[2], v.shape[3], rows), dtype=DTYPE[how], device=v.device)
     v8[..., : v.shape[1]] = (v / v_scale[:, None].to(v.dtype)).permute(0, 2, 3, 1).to(DTYPE[how])
-    return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, None)
+    return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, mean_key)
 
 
 def quantize_tiles(x: Tensor, block: int, how: Quantize, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def attend_plan(
     if quantize is None:
         return _triton(q, k, v, plan, summary, scale) if fast else _reference(q, k, v, plan, summary, scale)
     eight = quantize_attention(q if fast else q.detach(), k.detach(), v.detach(), plan.block, quantize)
-    if eight.mean_key is not None and summary is not None:
+    if summary is not None:
         shifted = summary.key - eight.mean_key[:, :, None].to(summary.key.dtype)
         summary = KVSummary(shifted, summary.value, summary.count, summary.slope)
     if fast:
@@ -45,9 +45,7 @@ def attend_plan(
         parts = dequantize(eight, plan.block, wide)
         out, lse = attend_plan_reference(*parts, plan, summary, scale, round_p=quantize == "fp8")
         out = out.to(q.dtype)
-    if eight.mean_key is not None:
-        lse = lse + scale * torch.einsum("blhd,bhd->bhl", q.float(), eight.mean_key)
-    return out, lse
+    return out, lse + scale * torch.einsum("blhd,bhd->bhl", q.float(), eight.mean_key)
 
 
 def take_slots(x: Tensor, source: Tensor) -> Tensor:

@@ -74,9 +74,10 @@ class _State:
         self.out = torch.zeros_like(q)
 
     def add(self, scores: Tensor, values: Tensor, *, rest: bool = False) -> None:
-        before, self.highest = self.highest, torch.maximum(self.highest, scores.amax(-1))
+        # Only what shifts the exponents: the result does not depend on it, so neither do gradients.
+        before, self.highest = self.highest, torch.maximum(self.highest, scores.detach().amax(-1))
         # Nothing seen yet: highest is -inf, and -inf - -inf would be NaN, so it is shifted by 0 instead.
-        shift = self.highest.masked_fill(self.highest == -torch.inf, 0.0).detach()
+        shift = self.highest.masked_fill(self.highest == -torch.inf, 0.0)
         weights, decay = (scores - shift.unsqueeze(-1)).exp(), (before - shift).exp()
         self.total = self.total * decay + weights.sum(-1)
         self.rest = self.rest * decay + (weights.sum(-1) if rest else 0.0)
@@ -85,8 +86,9 @@ class _State:
         self.out = self.out * decay.unsqueeze(-1) + weights @ values
 
     def result(self) -> tuple[Tensor, Tensor]:
-        out = self.out / self.total.masked_fill(self.total == 0.0, 1.0).unsqueeze(-1)
-        return out, self.highest + self.total.log()
+        total = self.total.masked_fill(self.total == 0.0, 1.0)
+        lse = (self.highest + total.log()).masked_fill(self.total == 0.0, -torch.inf)
+        return self.out / total.unsqueeze(-1), lse
 
 
 def _query_slots(q_BLHD: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
