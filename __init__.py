@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .pipelines.video import VideoPipeline
     from .pipelines.world import WorldPipeline
     from .streaming import (
         Camera,
@@ -37,13 +38,14 @@ __all__ = [
     "SpeechControl",
     "VideoControl",
     "VideoFile",
+    "VideoPipeline",
     "Window",
     "WorldControl",
     "WorldPipeline",
     "live",
 ]
 
-_ELSEWHERE = {"Window": ".ui.window", "WorldPipeline": ".pipelines.world"}
+_ELSEWHERE = {"VideoPipeline": ".pipelines.video", "Window": ".ui.window", "WorldPipeline": ".pipelines.world"}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ NAMES = [
     "SpeechControl",
     "VideoControl",
     "VideoFile",
+    "VideoPipeline",
     "Window",
     "WorldControl",
     "WorldPipeline",

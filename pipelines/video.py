@@ -1,0 +1,278 @@
+"""Endless video from a prompt, a picture or another video, by any causal model of the Wan family.
+
+`VideoPipeline` is stateless apart from its arena of rows; what a stream is lives in the `VideoState` that its session
+owns. A step draws one chunk of frames as the `Recipe` says, writes it into the KV cache and decodes it. All noise is a
+pure function of (seed, frame, step), so however a stream is stepped, saved or forked, its frames stay the same, and
+`pipe(...)` is the stream, drained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from threading import RLock
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from typing_extensions import Self
+
+from ..models.tiny_vae import TinyVideoDecoder
+from ..models.transformer import CausalTransformer3DModel
+from ..models.wan_vae import WanDecoder, WanEncoder
+from ..streaming import Chunk, Frame, VideoControl
+from ..streaming.types import Leaves
+from .recipes import Recipe, as_config, find_recipe
+from .video_load import check_parts, load_components
+from .video_output import (
+    OutputType,
+    VideoPipelineOutput,
+    VideoSession,
+    as_output,
+    as_picture,
+    is_offloaded,
+    joined,
+)
+from .video_state import VideoState, to_leaves
+from .video_stream import VideoStreamer
+
+RATE = 16.0  # pictures per second, of every Wan model but the 5B one
+
+
+class VideoPipeline(VideoStreamer):
+    """Draws video chunk by chunk while words steer it.
+
+    Args:
+        transformer, vae, text_encoder, tokenizer: the parts, as diffusers' Wan folders have them.
+        recipe: how the weights are run: a `Recipe`, or the name of one.
+        decoder: a tiny decoder that takes the place of the autoencoder's own.
+        size: (height, width) in pixels, multiples of 16 (32 for Wan 2.2's autoencoder).
+        rate: pictures per second.
+        text_length: tokens a prompt is cut or padded to.
+
+    Raises:
+        ValueError: parts that do not belong together.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components: ClassVar = ["text_encoder", "tokenizer", "decoder"]
+
+    def __init__(
+        self,
+        transformer: CausalTransformer3DModel,
+        vae: AutoencoderKLWan,
+        text_encoder: UMT5EncoderModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        recipe: Recipe | str | Mapping[str, Any],
+        decoder: TinyVideoDecoder | None = None,
+        size: Sequence[int] = (480, 832),
+        rate: float = RATE,
+        text_length: int = 512,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, decoder=decoder
+        )
+        self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
+        check_parts(transformer, vae, text_encoder)
+        self._arena = self._still = None
+        self._sharing = RLock()  # sessions may run on threads of their own, and share the arena and the codecs' scratch
+        self._read: OrderedDict[str, Tensor] = OrderedDict()
+        self._encoder = WanEncoder(vae)
+        self._decoder = WanDecoder(vae, self.recipe.chunk) if decoder is None else decoder
+        self.register_to_config(recipe=as_config(self.recipe), size=list(size), rate=rate, text_length=text_length)
+        self.resize(*size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        lora: str | Path | None = None,
+        recipe: Recipe | str | None = None,
+        decoder: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load a folder or a repository in diffusers' layout, and weights of any dialect in place of its transformer.
+
+        Args:
+            pretrained_model_name_or_path: with `transformer/`, `vae/`, `text_encoder/` and `tokenizer/`.
+            checkpoint: a file or folder with the transformer's weights (`models.checkpoints.dialects`).
+            lora: an adapter to merge into them.
+            recipe: how they are run; needed unless the folder was saved by this class.
+            decoder: TAEHV weights (`taew2_1.pth`), or a folder of a `TinyVideoDecoder`, to decode with.
+            torch_dtype: of the weights.
+            settings: `size`, `rate`, `text_length`: see the class.
+
+        Raises:
+            FileNotFoundError, ValueError: files are missing, damaged, unsafe or do not fit, with what is wrong.
+        """
+        found = load_components(
+            pretrained_model_name_or_path,
+            checkpoint=checkpoint,
+            lora=lora,
+            recipe=recipe,
+            decoder=decoder,
+            torch_dtype=torch_dtype,
+        )
+        return cls(**found | settings)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        image: Any = None,
+        video: Iterable[Any] | None = None,
+        strength: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 81,
+        generator: torch.Generator | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+    ) -> VideoPipelineOutput | tuple[Any]:
+        """Draw a clip: the stream, drained.
+
+        Args:
+            prompt: what is seen.
+            image: what the first picture shows: a PIL image, an array [H, W, 3] or a tensor [3, H, W].
+            video: pictures to redraw, of the same kinds; `num_frames` is then at most what they make.
+            strength: how far `video` is redrawn, from 0 (kept) to 1 (ignored).
+            height, width: in pixels; as the pipeline is by default.
+            num_frames: pictures, at least 1; 81 are 5 seconds.
+            generator: the same generator state draws the same pictures.
+            callback_on_step_end: called after every chunk as (pipeline, number, 0, {"frames": [T, 3, H, W]}).
+
+        Raises:
+            ValueError, TypeError: an argument out of range.
+        """
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+        pictures: list[Tensor] = []
+        latents: list[Tensor] = []
+        given = None if video is None else iter(video)
+        progress: Any = self.progress_bar  # accelerate's wrapper hides its signature from type checkers
+        place = {"height": height, "width": width, "generator": generator}
+        with self.stream(prompt, image=image, strength=strength, **place) as session, progress(total=num_frames) as bar:
+            ends = False
+            while not ends:
+                media = None if given is None else next(given, None)
+                ends = given is not None and media is None
+                if not ends:
+                    frame = None if media is None else Frame(as_picture(media, self.size), time.monotonic())
+                    drawn = session.step(frame)
+                    ends = session.state is not None and self.begun(session.state) >= num_frames
+                else:
+                    drawn = ()
+                drawn = [*drawn, *session.flush()] if ends else drawn
+                latents += session.state.finished if session.state is not None else []
+                for chunk in drawn:
+                    pictures.append(chunk.data)
+                    bar.update(len(chunk.data))
+                    if callback_on_step_end is not None:
+                        callback_on_step_end(self, len(pictures) - 1, 0, {"frames": chunk.data})
+        if not pictures:
+            raise ValueError(f"the video is too short: a chunk takes {4 * self.recipe.chunk - 3} pictures at first")
+        drained = joined(latents, 1) if output_type == "latent" else joined(pictures, 0)[:num_frames]
+        clip = drained if output_type == "latent" else as_output(drained, output_type)
+        return VideoPipelineOutput(frames=clip) if return_dict else (clip,)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        image: Any = None,
+        strength: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VideoSession:
+        """An endless session; arguments as in the call. `session.step(Frame(picture, time))` redraws an input video."""
+        if any(is_offloaded(component) for component in self.components.values()):
+            raise ValueError(
+                "a stream cannot run with model CPU offload; move the pipeline with .to(device) instead, and give the "
+                "text encoder's memory back with encode_prompt(...) and drop_text_encoder()"
+            )
+        self.resize(height or self.size[0], width or self.size[1])
+        start = None if image is None else as_picture(image, self.size)
+        return VideoSession(self, VideoControl(prompt, strength=strength), generator=generator, image=start)
+
+    # What a session asks for (`Streamable`).
+
+    def check(self, control: VideoControl) -> None:
+        """Refuse prompts that cannot be read."""
+        if any("\ud800" <= character <= "\udfff" for character in control.prompt):
+            raise ValueError("the prompt holds half a character (a lone surrogate); send it as UTF-8")
+        if self.text_encoder is None:
+            self.encode_prompt(control.prompt)
+
+    @torch.no_grad()
+    def begin(self, control: VideoControl, *, generator: torch.Generator | None = None) -> VideoState:
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
+        with self._sharing:
+            history = torch.zeros(self.latent_size, device=self.transformer.device)[:, None]
+            return VideoState(
+                rows=self.take_rows(),
+                seed=seed,
+                decoding=self._decoder.begin(*self.size),
+                history=history.repeat(1, self.recipe.window, 1, 1),
+            )
+
+    @torch.no_grad()
+    def advance(
+        self, states: Sequence[VideoState], controls: Sequence[VideoControl], media: Sequence[Frame | None]
+    ) -> Sequence[Sequence[Chunk]]:
+        """One chunk for every state, one state after the other; none yet while an input does not fill a chunk."""
+        for control, frame in zip(controls, media):
+            if frame is not None:
+                self.check_input(control, frame.data)
+        drawn = []
+        for state, control, frame in zip(states, controls, media):
+            with self._sharing:
+                drawn.append(self._advance(state, control, frame))
+        return drawn
+
+    def _advance(self, state: VideoState, control: VideoControl, frame: Frame | None) -> list[Chunk]:
+        state.finished = [] if state.still is None else [state.still]
+        when = time.monotonic() if frame is None else frame.time
+        given = None if frame is None else self.take_in(state, frame.data)
+        if frame is not None and given is None:
+            return []
+        chunks = self.obey(state, control, when)
+        done = self.draw(state, given, control.strength, control.version)
+        return chunks + [self.shown(state, each, when) for each in done]
+
+    @torch.no_grad()
+    def flush(self, state: VideoState) -> Sequence[Chunk]:
+        with self._sharing:
+            return [self.shown(state, each, time.monotonic()) for each in self.complete(state)]
+
+    def save(self, state: VideoState) -> Leaves:
+        with self._sharing:
+            return to_leaves(state, [self.arena.cache.snapshot(row) for row in state.rows])
+
+    @torch.no_grad()
+    def load(self, leaves: Leaves) -> VideoState:
+        with self._sharing:
+            state = self.begin(VideoControl())
+            try:
+                self.put_back(state, leaves)
+            except BaseException:
+                self.end(state)
+                raise
+            return state
+
+    def end(self, state: VideoState) -> None:
+        rows, state.rows = state.rows, []
+        for row in rows:
+            self.arena.give_back(row)

@@ -1,0 +1,127 @@
+"""From a folder or a repository to the parts of a video pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from ..models.checkpoints import load_text_encoder, load_transformer, load_vae
+from ..models.checkpoints.files import read_weights
+from ..models.checkpoints.load import fill
+from ..models.tiny_vae import TinyVideoDecoder
+from ..models.transformer import CausalTransformer3DModel
+from .recipes import RECIPES, Recipe, find_recipe
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "decoder")
+
+
+def local_folder(name: str | Path, *, transformer: bool = True) -> Path:
+    """The folder `name`, or what is fetched of the repository of that name on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and `name` is no `owner/name`.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no folder {folder}; give one in diffusers' layout, or owner/name on the hub")
+    from huggingface_hub import snapshot_download
+
+    wanted = [part for part in PARTS if transformer or part != "transformer"]
+    patterns = ["model_index.json", "transformer/config.json", *(f"{part}/*" for part in wanted)]
+    return Path(snapshot_download(str(name), allow_patterns=patterns))
+
+
+def load_components(
+    source: str | Path,
+    *,
+    checkpoint: str | Path | None,
+    lora: str | Path | None,
+    recipe: Recipe | str | None,
+    decoder: str | Path | None,
+    torch_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """The arguments of `VideoPipeline`; see its `from_pretrained`."""
+    folder = local_folder(source, transformer=checkpoint is None)
+    saved = saved_settings(folder)
+    if recipe is None and "recipe" not in saved:
+        raise ValueError(f"{folder} does not say how its weights are run; give recipe=, one of {', '.join(RECIPES)}")
+    chosen = find_recipe(saved["recipe"] if recipe is None else recipe)
+    config = read_json(folder / "transformer" / "config.json")
+    transformer = load_transformer(
+        checkpoint or need(folder, "transformer"), config=config, lora=lora, torch_dtype=torch_dtype
+    )
+    vae = load_vae(need(folder, "vae"), torch_dtype=torch_dtype)
+    reads = (folder / "text_encoder").is_dir()
+    return {
+        **{name: saved[name] for name in ("size", "rate", "text_length") if name in saved},
+        "transformer": transformer,
+        "vae": vae,
+        "text_encoder": load_text_encoder(folder / "text_encoder", torch_dtype=torch_dtype) if reads else None,
+        "tokenizer": AutoTokenizer.from_pretrained(need(folder, "tokenizer")) if reads else None,
+        "recipe": chosen,
+        "decoder": _load_decoder(folder, decoder, torch_dtype),
+    }
+
+
+def _load_decoder(folder: Path, given: str | Path | None, dtype: torch.dtype | None) -> TinyVideoDecoder | None:
+    if given is None:
+        if not (folder / "decoder").is_dir():
+            return None
+        given = folder / "decoder"
+    return load_tiny_decoder(given, torch_dtype=dtype)
+
+
+def load_tiny_decoder(source: str | Path, *, torch_dtype: torch.dtype | None = None) -> TinyVideoDecoder:
+    """A tiny decoder from TAEHV's weights, or from a folder. Errors as of `load_transformer`."""
+    stored = {name: value for name, value in read_weights(source).items() if name.startswith("decoder.")}
+    if "decoder.1.weight" not in stored or "decoder.22.weight" not in stored:
+        raise ValueError(f"{source} holds no TAEHV decoder: decoder.1.weight and decoder.22.weight are not in it")
+    widths = [
+        stored[f"decoder.{layer}.weight"].shape[0] for layer in (1, 8, 14, 20) if f"decoder.{layer}.weight" in stored
+    ]
+    patch = round((stored["decoder.22.weight"].shape[0] / 3) ** 0.5)
+    with torch.device("meta"):
+        decoder = TinyVideoDecoder(stored["decoder.1.weight"].shape[1], patch, widths)
+    return fill(decoder, stored, source, torch_dtype).eval()
+
+
+def need(folder: Path, part: str) -> Path:
+    if not (folder / part).is_dir():
+        raise FileNotFoundError(
+            f"{folder} has no folder {part}; it needs transformer (or checkpoint=), vae and tokenizer"
+        )
+    return folder / part
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """What `VideoPipeline.save_pretrained` wrote beside the parts."""
+    return read_json(folder / "model_index.json") or {}
+
+
+def check_parts(
+    transformer: CausalTransformer3DModel, vae: AutoencoderKLWan, text_encoder: UMT5EncoderModel | None
+) -> None:
+    """ValueError if the parts do not fit together."""
+    config, channels = transformer.config, vae.config["z_dim"]
+    if (config["in_channels"], config["out_channels"] or config["in_channels"]) != (channels, channels):
+        raise ValueError(
+            f"the transformer takes {config['in_channels']} channels and makes {config['out_channels']}, the "
+            f"autoencoder has {channels}: they do not belong together (models that take an image beside the noise are "
+            "not causal and are not run here)"
+        )
+    if text_encoder is not None and text_encoder.config.d_model != config["text_dim"]:
+        raise ValueError(
+            f"the transformer reads prompts {config['text_dim']} wide, the text encoder writes them "
+            f"{text_encoder.config.d_model} wide"
+        )

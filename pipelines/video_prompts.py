@@ -1,0 +1,78 @@
+"""Prompts as umT5 reads them, kept so that going back to one costs nothing, and mixed where one becomes another."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import OrderedDict
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from .video_state import VideoState
+
+KEPT = 16  # prompts; one is 4 MB in bfloat16
+
+
+class PromptReader(DiffusionPipeline):
+    """The part of a video pipeline that reads prompts."""
+
+    text_encoder: UMT5EncoderModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    text_length: int
+    _read: OrderedDict[str, Tensor]
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """A prompt's tokens [S, D], zero behind its end, as Wan was trained: on the CPU, kept for the next time.
+
+        Encode the prompts of a session beforehand, and `drop_text_encoder()` gives its memory (11 GB) back.
+
+        Raises:
+            ValueError: the text encoder is gone, and this prompt was not encoded before.
+        """
+        text = cleaned(prompt)
+        if text not in self._read:
+            if self.text_encoder is None or self.tokenizer is None:
+                known = ", ".join(repr(known) for known in self._read) or "none"
+                raise ValueError(
+                    f"there is no text encoder to read {prompt!r} with; load one, or encode_prompt() before it is "
+                    f"dropped (encoded: {known})"
+                )
+            self._read[text] = self._encode(text)
+        self._read.move_to_end(text)
+        while len(self._read) > KEPT and self.text_encoder is not None:
+            self._read.popitem(last=False)
+        return self._read[text]
+
+    def _encode(self, text: str) -> Tensor:
+        assert self.text_encoder is not None
+        assert self.tokenizer is not None
+        words = self.tokenizer(
+            [text], padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
+        )
+        mask = words["attention_mask"].to(self.text_encoder.device)
+        tokens = self.text_encoder(words["input_ids"].to(mask.device), mask).last_hidden_state[0]
+        return (tokens * mask[0, :, None]).cpu()
+
+    def drop_text_encoder(self) -> None:
+        """Let go of the text encoder and its memory. Prompts that were encoded before can still be used."""
+        self.register_modules(text_encoder=None)
+
+    def blended(self, state: VideoState, chunks: int) -> Tensor:
+        """The next mixture of the prompt a stream leaves and the one it reaches, `chunks` steps apart."""
+        assert state.origin is not None
+        assert state.target is not None
+        state.blend += 1
+        mixture = torch.lerp(state.origin.float(), state.target.float(), state.blend / chunks).to(state.target.dtype)
+        if state.blend == chunks:
+            state.origin = state.target = None
+            state.blend = 0
+        return mixture
+
+
+def cleaned(prompt: str) -> str:
+    """As Wan cleans prompts: entities resolved, white space made plain."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()

@@ -1,0 +1,186 @@
+"""What happens around a chunk: prompts that change, pictures that come in, frames that go out, streams put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..models.stream_codec import PICTURES_PER_LATENT
+from ..streaming import Chunk, VideoControl
+from ..streaming.types import Leaves
+from .inputs import FULL_MOTION, NEW_MOTION
+from .video_draw import VideoDrawer
+from .video_state import Finished, VideoState, from_leaves, part
+
+
+class VideoStreamer(VideoDrawer):
+    """The part of a video pipeline that keeps a stream's state in order."""
+
+    rate: float
+
+    def resize(self, height: int, width: int) -> None:
+        """Draw pictures of another size from now on.
+
+        Raises:
+            ValueError: a size that does not fill whole tokens, or sessions are open.
+        """
+        _, patch_h, patch_w = self.transformer.config["patch_size"]
+        pixels = self.vae.config["scale_factor_spatial"]
+        rows, columns = patch_h * pixels, patch_w * pixels
+        if height % rows or width % columns or min(height, width) < 1:
+            raise ValueError(f"pictures are multiples of {rows} x {columns} pixels, got {height} x {width}")
+        if self.__dict__.get("size") == (height, width):
+            return
+        self._check_idle("be drawn in another size")
+        self.size, self._arena, self._still = (height, width), None, None
+        self.register_to_config(size=[height, width])
+
+    def _check_idle(self, wish: str) -> None:
+        if self._arena is not None and self._arena.in_use:
+            raise ValueError(
+                f"{self._arena.in_use // self.recipe.rows} open session(s) of this pipeline live in memory of its "
+                f"present size and place; close them (session.close()) before it can {wish}"
+            )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the weights as diffusers does. ValueError while sessions are open: their memory would stay behind."""
+        self._check_idle("move")
+        self._arena = self._still = None
+        return super().to(*args, **kwargs)
+
+    def take_rows(self) -> list[int]:
+        """Fresh rows for one stream; the arena follows the weights to another device while nothing runs."""
+        model = self.transformer
+        if not self.arena.in_use and (self.arena.device, self.arena.dtype) != (model.device, model.dtype):
+            self._arena = None
+        return [self.arena.take() for _ in range(self.recipe.rows)]
+
+    # Prompts
+
+    def obey(self, state: VideoState, control: VideoControl, when: float) -> list[Chunk]:
+        """Let the prompt be what `control` says, in the way it says; returns what had to be finished before."""
+        chunks: list[Chunk] = []
+        if control.prompt != state.prompt:
+            switch = control.switch if state.prompt is not None else "keep"
+            if switch == "cut" or (switch == "recache" and self.recipe.plan == "batch"):
+                chunks = [self.shown(state, each, when) for each in self.complete(state)]
+            text = self.encode_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
+            if switch == "lerp":
+                state.origin, state.target, state.blend = state.text, text, 0
+            else:
+                state.origin = state.target = None
+                self._say(state, text)
+            state.prompt = control.prompt
+            if switch == "cut":
+                self._cut(state)
+            elif switch == "recache" and state.shot:
+                if self.recipe.overlap:
+                    self.begin_anew(state)
+                else:
+                    self.replay(state)
+        if state.target is not None:
+            self._say(state, self.blended(state, self.recipe.blend))
+        return chunks
+
+    def _say(self, state: VideoState, text: Tensor) -> None:
+        """Let all rows of a stream attend to these tokens [S, D] from the next pass on."""
+        state.text = text
+        for row in state.rows:
+            self.arena.read_prompt(row, text[None])
+
+    def _cut(self, state: VideoState) -> None:
+        """A new shot: nothing is remembered, and its first frame is a first frame."""
+        self.forget(state)
+        state.shot = 0
+        state.decoding.reset()
+
+    # Pictures
+
+    def start_from(self, state: VideoState, image: Tensor, control: VideoControl) -> None:
+        """Let a stream that has just begun show `image` [3, H, W] first."""
+        with self._sharing, torch.no_grad():
+            self.obey(state, control, 0.0)
+            self.show(state, self.encode_still(image))
+
+    def check_input(self, control: VideoControl, picture: Tensor) -> None:
+        """Refuse what can't be redrawn; called before any stream moves, so that a bad picture costs others nothing."""
+        if tuple(picture.shape) != (3, *self.size) or not picture.is_floating_point():
+            raise ValueError(
+                f"a picture of this pipeline is [3, {self.size[0]}, {self.size[1]}] in floats from 0 to 1, got "
+                f"{list(picture.shape)} in {picture.dtype}"
+            )
+        recipe = self.recipe
+        if recipe.plan == "triangle":
+            raise ValueError(f"recipe {recipe.name!r} draws from prompts alone; to redraw a video, take another recipe")
+        least = recipe.told_less + recipe.motion + (recipe.sigmas()[1] if recipe.plan == "batch" else 0.0)
+        if control.strength < least:
+            raise ValueError(f"recipe {recipe.name!r} redraws with strength {least:g} or more, got {control.strength}")
+
+    def take_in(self, state: VideoState, picture: Tensor) -> Tensor | None:
+        """Encode the next picture [3, H, W] of an input: the latents of a chunk [C, F, h, w] once they are complete."""
+        if state.encoding is None:
+            state.encoding = self._encoder.begin(*self.size)
+        if self.recipe.motion:
+            state.fastest = max(state.fastest, difference(picture, state.seen))
+            state.seen = picture
+        latents = self._encoder.encode(picture[None, None].to(self.arena.device), state.encoding)[0].float()
+        if state.waiting is not None:
+            latents = torch.cat([state.waiting, latents], dim=1)
+        size = self.recipe.chunk
+        whole = latents.shape[1] >= size
+        rest = latents[:, size:] if whole else latents
+        state.waiting = rest if rest.shape[1] else None
+        if not whole:
+            return None
+        state.motion = NEW_MOTION * state.fastest + (1 - NEW_MOTION) * state.motion
+        state.fastest = 0.0
+        return latents[:, :size]
+
+    def shown(self, state: VideoState, done: Finished, when: float) -> Chunk:
+        """A finished chunk, decoded."""
+        pictures = self.decode(state, done.latents)
+        start, state.pictures = state.pictures, state.pictures + len(pictures)
+        return Chunk("video", pictures, start, self.rate, done.version, when)
+
+    def begun(self, state: VideoState) -> int:
+        """How many pictures a stream has made or is making."""
+        flying = 0 if state.flying is None else state.flying.shape[1]
+        flying += 0 if state.still is None else 1
+        first = PICTURES_PER_LATENT - 1 if state.decoding.frames == 0 and flying else 0
+        return state.pictures + PICTURES_PER_LATENT * flying - first
+
+    # Snapshots
+
+    def put_back(self, state: VideoState, leaves: Leaves) -> None:
+        """Make a fresh state what `leaves` say. ValueError if they are another pipeline's."""
+        plain = from_leaves(leaves, len(state.rows))
+        expected = state.history.shape
+        for number, row in enumerate(state.rows):
+            memory = part(leaves, f"memory.{number}")
+            if not {"k", "v", "sink_k", "count"} <= memory.keys():
+                raise ValueError(f"the snapshot is damaged: row {number} of its memory is incomplete")
+            self.arena.cache.restore(row, memory)
+        state.decoding.restore(part(leaves, "decoding"))
+        encoding = part(leaves, "encoding")
+        if encoding:
+            state.encoding = self._encoder.begin(*self.size)
+            state.encoding.restore(encoding)
+        for name, value in plain.items():
+            on_host = name in ("versions", "seen")
+            setattr(state, name, value.to(self.arena.device) if isinstance(value, Tensor) and not on_host else value)
+        if state.history.shape != expected:
+            raise ValueError(
+                f"the saved history has shape {tuple(state.history.shape)}, this pipeline needs {tuple(expected)}"
+            )
+        if state.text is not None:
+            self._say(state, state.text.to(self.arena.dtype))
+
+
+def difference(picture: Tensor, last: Tensor | None) -> float:
+    """From 0 (the same picture) to 1 (a very different one): StreamDiffusionV2 (arXiv 2511.07399), section 3.3."""
+    if last is None:
+        return 0.0
+    return min(1.0, float((picture.float() - last.float()).square().mean().sqrt()) / FULL_MOTION)
