@@ -90,7 +90,10 @@ class WorldStreams(StreamBatch):
                     chunks[state.row] += self.drain(state)
                     jobs.append(Job("imagined" if frame is None else "shown", state, control, frame, []))
                 elif self._is_still(state, control) and leaves_out(state, control, frame.data):
-                    chunks[state.row].append(self._again(state, control, frame))
+                    if state.flight and state.flight.frames:
+                        flying.append(state)  # what is under way comes first, so that time never runs backwards
+                    else:
+                        chunks[state.row].append(self._again(state, control, frame))
                 elif control.stream_batch:
                     chunks[state.row] += self.enter(state, self._flying(state, control, frame))
                     flying.append(state)

@@ -84,23 +84,23 @@ def translate(
     """
     from tqdm import tqdm
 
-    from ..streaming import Frame, Recorder, fit
+    from ..streaming import Frame, Recorder, Steady, fit
 
     rate = pipe.rate
     end = None if seconds is None else round(seconds * rate)
     with Recorder(path, rate=rate, scale=VIDEO_SCALE) as recorder, tqdm(total=end, unit="frame") as progress:
-        start = time.monotonic()
+        steady, start = Steady(recorder, rate=rate), time.monotonic()
 
         def write(chunks: Sequence[Chunk]) -> None:
             for chunk in chunks:
-                recorder.write(chunk)
+                steady.write(chunk)
                 progress.update(len(chunk.data))
 
         try:
             for number, picture in enumerate(at_rate(video, video.rate, rate)):
                 if number == end:
                     break
-                write(session.step(Frame(fit(picture, pipe.size), time.monotonic())))
+                write(session.step(Frame(fit(picture, pipe.size), number / rate)))
             write(session.flush())
         finally:
             took = time.monotonic() - start

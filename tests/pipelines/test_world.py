@@ -281,3 +281,41 @@ def test_offloaded_weights_are_refused_for_a_stream(make):
         pipe.stream("a cave")
     pipe.remove_all_hooks()
     pipe.stream("a cave").step()
+
+
+@pytest.mark.parametrize("where", [(torch.float64,), ("meta",), ("cpu", torch.bfloat16)], ids=str)
+def test_a_pipeline_with_open_sessions_does_not_move(make, seeded, draw, where):
+    pipe = make()
+    session, twin = (pipe.stream("a cave", generator=seeded()) for _ in range(2))
+    draw(session, 2), draw(twin, 2)
+    with pytest.raises(ValueError, match=r"2 open session\(s\) .* live on cpu in torch.float32; close them"):
+        pipe.to(*where)
+    assert pipe.to("cpu", torch.float32) is pipe, "it is there already"
+    assert torch.equal(draw(session, 2), draw(twin, 2))
+    session.close(), twin.close()
+    if where[-1] != "meta":
+        pipe.to(*where)
+        assert pipe.stream("a cave").step()[0].data.isfinite().all()
+        assert pipe.arena.dtype == where[-1]
+
+
+def test_worlds_may_be_set_and_are_saved(make, tmp_path):
+    pipe = make()
+    assert pipe.nearest_world("a slime arena")[0] == "a slime arena"
+    pipe.worlds = ["a cave of ice", "a river of lava"]
+    assert pipe.nearest_world("a river of lava")[0] == "a river of lava"
+    pipe.save_pretrained(tmp_path)
+    assert WorldPipeline.from_pretrained(tmp_path).worlds == ("a cave of ice", "a river of lava")
+    for wrong in ("a cave", ["a cave", ""], [3]):
+        with pytest.raises(ValueError, match="worlds must be captions such as"):
+            pipe.worlds = wrong
+    assert pipe.worlds == ("a cave of ice", "a river of lava")
+
+
+@pytest.mark.parametrize(("name", "value"), [("size", (64, 64)), ("buttons", ["JUMP"])])
+def test_what_the_weights_were_made_for_stays(make, name, value):
+    pipe = make()
+    before = getattr(pipe, name)
+    with pytest.raises(AttributeError, match=f"{name} is what the weights of this pipeline were made for"):
+        setattr(pipe, name, value)
+    assert getattr(pipe, name) == before

@@ -124,8 +124,9 @@ def test_a_file_in_a_loop_goes_on_for_ever(clip):
     while len(frames) < 14:
         frame = video.read()
         frames += [frame.time] if frame else []
+        time.sleep(0.002)
     assert frames == sorted(frames)
-    assert frames[-1] - frames[0] == pytest.approx(13 / 25, abs=0.2)
+    assert frames[-1] - frames[0] > 0.95 * 13 / 25, "at its own rate, also across the seam"
     video.close()
 
 

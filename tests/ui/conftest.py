@@ -72,7 +72,8 @@ class FakeWorld:
                 self.shown.append(frame)
                 colour = frame.data.mean((1, 2)).tolist()
             data = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 12, 16)
-            drawn.append([Chunk("video", data, state.frame, self.rate, control.version, time.monotonic())])
+            when = time.monotonic() if frame is None else frame.time
+            drawn.append([Chunk("video", data, state.frame, self.rate, control.version, when)])
             state.frame += 1
         return drawn
 
