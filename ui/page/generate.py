@@ -58,7 +58,7 @@ def _inputs(gr: Any) -> list[Any]:
         label="Begin from an image or a video (optional)",
         file_types=FILE_TYPES,
         type="filepath",
-        height=132,
+        height=104,
         elem_classes="ms-upload",
     )
     strength = gr.Slider(

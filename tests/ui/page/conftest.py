@@ -182,14 +182,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 class View:
-    """The page in a browser context of its own, and what a test reads there."""
+    """The page in a tab of its own, and what a test reads there."""
 
-    def __init__(self, browser: Any, url: str, **context: Any) -> None:
+    def __init__(self, context: Any, url: str) -> None:
         self.url = url
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})
-        self.page = self.context.new_page()
+        self.page = context.new_page()
         self.page.set_default_timeout(20_000)
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
@@ -258,13 +257,39 @@ def server(world: Pictures) -> Iterator[Server]:
     running.close()
 
 
+@pytest.fixture(scope="session")
+def laptop(browser: Any) -> Any:
+    """The browser context that most tests share, and with it the cache of Gradio's many files."""
+    return browser.new_context(viewport={"width": 1280, "height": 800})
+
+
 @pytest.fixture
-def view(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterator[View]:
+def look(browser: Any, laptop: Any) -> Iterator[Callable[..., View]]:
+    """Opens a page: `look(url, **arguments of a browser context)`. At the end nothing may have gone wrong on any."""
+    opened: list[View] = []
+
+    def look(url: str, **arguments: Any) -> View:
+        viewport = {"viewport": {"width": 1280, "height": 800}}
+        context = browser.new_context(**{**viewport, **arguments}) if arguments else laptop
+        opened.append(View(context, url))
+        return opened[-1]
+
+    yield look
+    for view in opened:
+        view.page.close()
+    assert [view.complaints for view in opened if view.complaints] == []
+
+
+@pytest.fixture
+def view(look: Callable[..., View], server: Server, request: pytest.FixtureRequest) -> View:
     """The page, just opened. Parametrise indirectly with arguments of a browser context, such as a phone's size."""
-    opened = View(browser, server.url, **getattr(request, "param", {}))
-    yield opened
-    opened.context.close()
-    assert opened.complaints == []
+    return look(server.url, **getattr(request, "param", {}))
+
+
+@pytest.fixture(scope="session")
+def serve() -> type[Server]:
+    """`Server`, for test modules."""
+    return Server
 
 
 @pytest.fixture

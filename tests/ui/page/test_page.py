@@ -8,6 +8,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from millstream.ui.page import PageSettings
+from millstream.ui.server.protocol import Close
+from millstream.ui.server.settings import Settings
+
 STATUS = re.compile(r"\d+\.\d fps · \d+ ms old · \d+ dropped · v\d+ applied")
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 VIEWS = ("play", "camera", "generate", "numbers")
@@ -126,8 +130,6 @@ def test_timeline_changes_the_prompt_by_itself(view: Any) -> None:
 
 
 def test_a_dropped_socket_comes_back_to_the_same_session(view: Any, server: Any, wait: Any) -> None:
-    from millstream.ui.server.protocol import Close
-
     view.start()
     view.page.click(".world:text('a dark maze with red walls')")
     view.until_colour(lambda red, green, blue: red > 200)
@@ -189,6 +191,7 @@ def test_tabs_and_controls_work_without_a_mouse(view: Any, wait: Any) -> None:
         page.keyboard.press("ArrowRight")
         assert page.evaluate("document.activeElement.id") == f"tab-{name}"
         assert page.url.endswith(f"#{name}")
+    page.wait_for_selector(".cover-button:text('Start')")
     page.focus(".cover-button")
     page.keyboard.press("Enter")
     wait(lambda: "applied" in view.status)
@@ -211,3 +214,52 @@ def test_motion_and_colour_follow_the_system(view: Any) -> None:
     assert view.page.evaluate("getComputedStyle(document.querySelector('.run')).transitionDuration") == "0s"
     background = view.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(int(part) for part in re.findall(r"\d+", background)) < 60
+
+
+def test_a_lost_server_is_said_and_tried_again(look: Any, serve: Any, world: Any, wait: Any) -> None:
+    own = serve(world, Settings(model="pictures"), PageSettings(model="pictures"))
+    view = look(own.url)
+    view.start()
+    own.close()
+    wait(lambda: view.page.inner_text(".cover-title") == "The connection was lost")
+    assert "Trying again in" in view.page.inner_text(".cover-text") or "restart" in view.page.inner_text(".cover-text")
+    assert view.page.is_disabled(".record")
+    view.complaints.clear()  # the browser logs each vain attempt
+
+
+def test_who_finds_all_places_taken_is_told_the_place_in_the_queue(
+    look: Any, serve: Any, world: Any, wait: Any
+) -> None:
+    own = serve(world, Settings(model="pictures", max_sessions=1, grace_seconds=0.2), PageSettings(model="pictures"))
+    first = look(own.url)
+    first.start()
+    second = look(own.url)
+    wait(lambda: second.page.inner_text(".cover-title") == "All places are taken")
+    assert "number 1 in the queue" in second.page.inner_text(".cover-text")
+    first.page.goto("about:blank")
+    wait(lambda: second.page.inner_text(".cover-button") == "Start")
+    own.close()
+
+
+def test_the_newest_picture_wins_and_the_best_clock_sample_counts(view: Any) -> None:
+    drawn = view.page.evaluate("""async () => {
+      const { Screen } = await import("/page/screen.js");
+      const { Clock } = await import("/page/clock.js");
+      const canvas = document.createElement("canvas");
+      const drawn = [];
+      const screen = new Screen(canvas, { ageOf: () => 0, drawn: (frame) => drawn.push(frame.number) });
+      const source = new OffscreenCanvas(8, 8);
+      source.getContext("2d").fillRect(0, 0, 8, 8);
+      const picture = await source.convertToBlob({ type: "image/jpeg" });
+      for (let number = 0; number < 6; number++) screen.offer({ number, picture, version: 1, time: 0 });
+      await new Promise((resolve) => setTimeout(resolve, 400));
+      const clock = new Clock();
+      clock.answer(1000, 5060, 1100); // 100 ms there and back: anything from 4960 to 5060 ahead fits
+      clock.answer(2000, 6005, 2010);
+      const times = { offset: clock.toPage(6005), trip: clock.trip };
+      return { last: drawn.at(-1), lost: screen.skipped, count: drawn.length, ...times };
+    }""")
+    assert drawn["last"] == 5
+    assert drawn["count"] + drawn["lost"] == 6
+    assert drawn["count"] <= 2
+    assert (drawn["offset"], drawn["trip"]) == (2005, 10)

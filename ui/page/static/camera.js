@@ -57,10 +57,12 @@ export class Camera {
 
   async play() {
     await this.video.play();
-    this.next();
+    this.loop = {}; // a former source's loop ends here
+    this.next(this.loop);
   }
 
   release() {
+    this.loop = null;
     this.video.pause();
     this.video.srcObject?.getTracks().forEach((track) => track.stop());
     this.video.srcObject = null;
@@ -77,16 +79,15 @@ export class Camera {
     this.due = 0;
   }
 
-  next() {
-    const look = () => this.look();
+  next(loop) {
+    const look = () => loop === this.loop && this.look();
     if (this.video.requestVideoFrameCallback) this.video.requestVideoFrameCallback(look);
     else requestAnimationFrame(look);
   }
 
   /** The source has a new picture: send it if the model can take one. */
   look() {
-    if (!this.video.srcObject && !this.url) return;
-    this.next();
+    this.next(this.loop);
     const now = performance.now();
     if (this.pending && now - this.pending.time > LOST_AFTER) this.forget();
     const wanted = this.live.mode === "camera" && (this.live.running || this.single);

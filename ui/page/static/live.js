@@ -117,7 +117,10 @@ export class Live extends EventTarget {
     try {
       const answer = await this.connection.ask({ type, ...fields });
       if (type === "start") this.running = true;
-      if (type === "pause" || type === "step") this.running = false;
+      if (type === "pause" || type === "step") {
+        this.running = false;
+        this.unanswered = []; // what waits until somebody presses Start is no measure
+      }
       if (typeof answer.prompt === "string") this.prompts[this.mode] = answer.prompt;
       this.tell("ordered", type);
       return answer;

@@ -44,6 +44,7 @@ class Page {
     this.hear();
     this.hearCamera();
     makeTabs(this.find(".tabs"), (view) => this.show(view));
+    root.page = this; // for whoever looks from the console
     root.dataset.ready = "true";
   }
 
@@ -142,6 +143,8 @@ class Page {
     buildTouch(this.find(".touch"), welcome.keys, this.keys);
     this.find(".legend").replaceChildren(...legend(welcome.keys).map(legendEntry));
     this.camera.forget();
+    if (welcome.resumed) this.live.steer({ keys: [] }, false); // keys that went up while the line was down
+    else this.restart();
   }
 
   /** Another stream: the picture on the canvas is not its. */

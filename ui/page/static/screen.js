@@ -31,9 +31,14 @@ export class Screen {
   }
 
   offer(frame) {
-    if (this.waiting) this.skipped += 1;
+    if (this.waiting) this.skip();
     this.waiting = frame;
     if (!this.decoding) this.decode();
+  }
+
+  /** A hidden page draws nothing, and that is nobody's loss. */
+  skip() {
+    if (!document.hidden) this.skipped += 1;
   }
 
   async decode() {
@@ -51,7 +56,7 @@ export class Screen {
   keep(ready) {
     if (this.ready) {
       this.ready.bitmap.close();
-      this.skipped += 1;
+      this.skip();
     } else {
       requestAnimationFrame(() => this.draw());
     }

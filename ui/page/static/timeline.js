@@ -2,6 +2,8 @@
 
 const seconds = (value) => `${Math.floor(value / 60)}:${String(Math.floor(value % 60)).padStart(2, "0")}`;
 
+const KEPT = "millstream.timeline";
+
 export class Timeline {
   constructor(root, live) {
     this.root = root;
@@ -22,11 +24,10 @@ export class Timeline {
 
   /** A resumed session still has its timeline; a fresh one, or another mode's, begins empty. */
   welcomed(welcome) {
-    if (welcome.session !== this.session) {
-      this.entries = [];
-      this.render();
-    }
     this.session = welcome.session;
+    const kept = JSON.parse(sessionStorage.getItem(KEPT) ?? "{}");
+    this.entries = kept.session === this.session && welcome.resumed ? kept.entries : [];
+    this.render();
   }
 
   add() {
@@ -69,6 +70,7 @@ export class Timeline {
 
   /** The whole timeline replaces the old one; rows without words are still being written. */
   async send() {
+    sessionStorage.setItem(KEPT, JSON.stringify({ session: this.session, entries: this.entries }));
     const entries = this.entries.filter((entry) => entry.prompt).sort((a, b) => a.at - b.at);
     await this.live.order("timeline", { entries: entries.map(({ at, prompt }) => ({ at, prompt })) });
   }
