@@ -41,7 +41,23 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--recordings", type=Path, metavar="DIR", help="keep recordings here (default: not kept)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.add_argument("--ray", action="store_true", help="serve from several replicas of the model with Ray Serve")
+    parser.add_argument(
+        "--replicas",
+        type=replica_range,
+        default=(1, 1),
+        metavar="N or MIN-MAX",
+        help="replicas of --ray, each with a GPU of its own if there is one; a range follows the number of viewers",
+    )
     parser.set_defaults(run=run)
+
+
+def replica_range(text: str) -> tuple[int, int]:
+    """For `argparse`: "2" or "1-4"."""
+    least, _, most = text.partition("-")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
+        raise argparse.ArgumentTypeError(f"must be a number such as 2 or a range such as 1-4, got {text!r}")
+    return int(least), int(most or least)
 
 
 def port_number(text: str) -> int:
@@ -54,6 +70,8 @@ def port_number(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Everything that can be refused is refused before the model is loaded."""
     settings = settings_from(arguments)
+    if arguments.ray:
+        return run_on_ray(arguments, settings)
     listener = listen(settings.host, arguments.port)
     try:
         pipe = load_world(arguments.model, arguments.device)
@@ -63,12 +81,37 @@ def run(arguments: argparse.Namespace) -> int:
 
         page = PageSettings(model=settings.model, pipeline=lambda: pipe)
         app = create_app(pipe, settings, page=page)
-        address = address_of(settings, listener)
+        address = address_of(settings, listener.getsockname()[1])
         print_welcome(settings, address)
         make_server(app, app.state.sessions, address if arguments.open else None).run(sockets=[listener])
     finally:
         listener.close()
     return 0
+
+
+def run_on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
+    """The same app from several replicas; the model is loaded in each of them."""
+    import time
+    import webbrowser
+
+    from ..server import ray_serve
+    from ..world import pick_device
+
+    ray_serve.import_ray()
+    with listen(settings.host, arguments.port) as listener:  # Ray would say it in a hundred lines
+        port = listener.getsockname()[1]
+    name, device = arguments.model, arguments.device
+    gpus = 1.0 if pick_device(device).type == "cuda" else 0.0
+    try:
+        ray_serve.start(lambda: load_world(name, device), settings, port=port, replicas=arguments.replicas, gpus=gpus)
+        address = address_of(settings, port)
+        print_welcome(settings, address)
+        if arguments.open:
+            webbrowser.open(address)
+        while True:
+            time.sleep(1)
+    finally:
+        ray_serve.stop()
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
@@ -138,12 +181,12 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def address_of(settings: Settings, listener: socket.socket) -> str:
+def address_of(settings: Settings, port: int) -> str:
     """Where a browser on this machine finds the page."""
     host = {"0.0.0.0": "localhost", "127.0.0.1": "localhost", "::": "localhost"}.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
     token = f"?token={settings.token}" if settings.token else ""
-    return f"http://{host}:{listener.getsockname()[1]}/{token}"
+    return f"http://{host}:{port}/{token}"
 
 
 def print_welcome(settings: Settings, address: str) -> None:

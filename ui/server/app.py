@@ -95,7 +95,7 @@ def _add_routes(app: FastAPI, sessions: Sessions, pool: ThreadPoolExecutor) -> N
         return JSONResponse({"ok": drawing, "protocol": PROTOCOL}, 200 if drawing else 503)
 
     async def metrics(request: Request) -> Response:
-        return JSONResponse({**sessions.numbers(), "memory_mb": memory_mb()})
+        return JSONResponse({**sessions.numbers(), "memory_mb": memory_mb(), "process": os.getpid()})
 
     async def recording(request: Request) -> Response:
         key = request.query_params.get("key") or request.cookies.get("millstream_session", "")

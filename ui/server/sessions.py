@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,11 +25,19 @@ PARK_SECONDS = 3.0  # away for so long, a session leaves its place to those who 
 class Vault(Protocol):
     """Keeps the last moment of every session where other servers of the same pipeline can find it."""
 
+    def open(self, lose: Callable[[str], object]) -> None:
+        """Begin. `lose` may be called from any thread, with the secret of a session that another server has taken."""
+        ...
+
+    def close(self) -> None: ...
+
     def put(self, saved: Saved) -> None:
         """Called on the engine's thread about once a second per session; must not wait."""
         ...
 
-    async def find(self, secret: str) -> Saved | None: ...
+    async def find(self, secret: str) -> Saved | None:
+        """Take the session over from whichever server has it."""
+        ...
 
     def forget(self, secret: str) -> None:
         """The session has ended."""
@@ -79,8 +88,10 @@ class Sessions:
 
     async def open(self) -> None:
         """Begin to draw."""
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self.engine.start()
+        if self.vault is not None:
+            self.vault.open(lambda secret: loop.call_soon_threadsafe(self._lose, secret))
         self._sweeper = asyncio.create_task(self._sweep_for_ever())
 
     async def close(self) -> None:
@@ -94,6 +105,11 @@ class Sessions:
         patience = time.monotonic() + GOODBYE_SECONDS
         while self.viewers and time.monotonic() < patience:
             await asyncio.sleep(0.01)
+        if self.vault is not None:
+            for seat in self.seats:
+                await asyncio.wrap_future(self.engine.call(lambda seat=seat: self._hand_over(seat)))
+            await asyncio.to_thread(self.vault.close)
+            self.vault = None  # from here on it would forget what it has just been given
         for seat in list(self.seats):
             self.close_seat(seat)
         await asyncio.to_thread(self.engine.stop)
@@ -180,6 +196,12 @@ class Sessions:
         """The socket of `client` is gone; the seat waits for it a while."""
         if seat.viewer is client:
             seat.viewer, seat.due, seat.left = None, None, time.monotonic()
+            self.engine.call(lambda: self._hand_over(seat))
+
+    def _hand_over(self, seat: Seat) -> None:
+        """Let other servers go on from exactly here. Called on the engine's thread."""
+        if self.vault is not None and seat in self.seats:
+            self.vault.put(seat.save())
 
     # Going out.
 
@@ -205,6 +227,11 @@ class Sessions:
         self.close_seat(seat)
         if viewer is not None:
             viewer.end(code, message)
+
+    def _lose(self, secret: str) -> None:
+        seat = self.find(secret)
+        if seat is not None:
+            self._drop(seat, Close.TAKEN_OVER, "this session goes on in another window")
 
     def _failed(self, seat: Seat, error: Exception) -> None:
         """Called on the engine's thread."""

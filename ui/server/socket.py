@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import statistics
 import time
@@ -40,6 +41,7 @@ from .sessions import Sessions, Wish
 from .status import status, welcome
 
 MESSAGES_PER_SECOND, MESSAGES_AT_ONCE = 300, 900
+log = logging.getLogger(__name__)
 AGE_SECONDS = 2.0
 
 
@@ -89,8 +91,11 @@ class Connection:
             await part
         except (Broken, WebSocketDisconnect) as error:
             self._finish(error)
-        except RuntimeError:  # how Starlette and uvicorn say that the other side has gone while we were sending
-            self._finish(WebSocketDisconnect())
+        except Exception as error:
+            # Starlette and uvicorn raise a RuntimeError when the other side goes while we are sending
+            if not isinstance(error, RuntimeError) or self.websocket.client_state is WebSocketState.CONNECTED:
+                log.exception("a socket has failed")
+            self._finish(Broken(Close.FAILED, "the server has made a mistake; its log says which"))
 
     def _finish(self, error: Exception) -> None:
         if not self._over.done():

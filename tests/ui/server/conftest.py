@@ -227,9 +227,9 @@ def serve() -> Iterator[Callable[..., Running]]:
     """Start a server: `serve(pipe, max_sessions=2, ...)`."""
     started: list[tuple[Running, threading.Thread]] = []
 
-    def start(pipe: FakePipeline | None = None, **settings) -> Running:
+    def start(pipe: FakePipeline | None = None, vault=None, **settings) -> Running:
         pipe = FakePipeline() if pipe is None else pipe
-        app = create_app(pipe, Settings(**settings))
+        app = create_app(pipe, Settings(**settings), vault=vault)
         config = uvicorn.Config(app, port=0, log_level="warning", ws_per_message_deflate=False)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)

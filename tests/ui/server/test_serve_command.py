@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from millstream.ui.cli import main, parser
-from millstream.ui.commands.serve import address_of, listen, settings_from
+from millstream.ui.commands.serve import address_of, settings_from
 
 
 def refused(capsys, *words: str) -> str:
@@ -47,7 +47,9 @@ def test_mistakes_are_told_in_one_sentence(capsys, words, message):
     assert message in refused(capsys, *words)
 
 
-@pytest.mark.parametrize("words", [["--port", "70000"], ["--port", "x"], ["--max-sessions", "0"], ["--idle", "-1"]])
+@pytest.mark.parametrize(
+    "words", [["--port", "70000"], ["--port", "x"], ["--max-sessions", "0"], ["--idle", "-1"], ["--replicas", "4-2"]]
+)
 def test_bad_numbers_are_refused_by_the_parser(words):
     with pytest.raises(SystemExit) as ended:
         main(["serve", *words])
@@ -59,8 +61,17 @@ def test_a_token_is_made_up_where_none_is_given():
     one, two = settings_from(arguments), settings_from(arguments)
     assert one.token != two.token
     assert len(one.token) >= 20
-    with listen("127.0.0.1", 0) as listener:
-        assert address_of(one, listener).endswith(f":{listener.getsockname()[1]}/?token={one.token}")
+    assert address_of(one, 80) == f"http://localhost:80/?token={one.token}"
+
+
+def test_replicas_are_a_number_or_a_range():
+    for text, range in (("2", (2, 2)), ("1-4", (1, 4))):
+        assert parser().parse_args(["serve", "--replicas", text]).replicas == range
+
+
+def test_ray_is_named_where_it_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert 'pip install "millstream[ray]"' in refused(capsys, "--ray")
 
 
 SCRIPT = """
