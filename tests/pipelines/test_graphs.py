@@ -368,3 +368,24 @@ def test_other_threads_may_use_the_gpu_while_a_step_is_recorded(on_gpu, seeded):
     assert not errors
     for one, other in zip(frames, played(on_gpu(10**9), seeded, alone)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rule", ["renoise", "heun"])
+def test_redrawing_a_camera_can_be_recorded(world, seeded, camera, rule):
+    """Plain and in a stream batch, guided or not, alone and together."""
+    batched = [] if rule == "heun" else [{"stream_batch": True}, {"stream_batch": True, "guidance_scale": 3.0}]
+    settings = [{"strength": 0.9}, {"strength": 0.5, "guidance_scale": 2.0}, *({"strength": 0.8} | b for b in batched)]
+
+    def play(pipe):
+        sessions = [
+            pipe.stream(f"cave {number}", generator=seeded(number), **setting)
+            for number, setting in enumerate(settings)
+        ]
+        inputs = [camera(11, seed=number) for number in range(len(settings))]
+        steps = [step_together(sessions, list(frames)) for frames in zip(*(each[:7] for each in inputs))]
+        steps += [[session.step(frame) for frame in each[7:]] for session, each in zip(sessions, inputs)]
+        return torch.cat([chunk.data for step in steps for chunks in step for chunk in chunks])
+
+    recorded = world(1, sampler=FlowSampler(3, rule=rule))
+    assert torch.equal(play(recorded), play(world(10**9, sampler=FlowSampler(3, rule=rule))))
+    assert len(recorded.arena.recordings) > 5
