@@ -226,6 +226,6 @@ def make_server(app, sessions: Sessions, open_address: str | None) -> uvicorn.Se
         ws_per_message_deflate=False,  # pictures are compressed already
         timeout_graceful_shutdown=5,
         timeout_keep_alive=20,
-        proxy_headers=False,
+        proxy_headers=True,  # of a proxy on this machine; others' are not believed
     )
     return Server(config)
