@@ -139,9 +139,9 @@ class WorldStreams(StreamBatch):
                 for row in rows:
                     self.arena.give_back(row)
                 raise
-            if frames:
-                for frame in frames:
-                    frame.latents = frame.latents.to(self.arena.device)
+            for frame in frames:
+                frame.latents = frame.latents.to(self.arena.device)
+            if frames or len(rows) > 1:  # without frames there are still the memories of their levels
                 state.flight = Flight(rows, [*[""] * (len(rows) - 1), state.prompt], frames)
             return state
 

@@ -127,6 +127,21 @@ def test_a_snapshot_holds_the_frames_in_flight(make, seeded, tmp_path, at, camer
     near(pictures(play(fork, frames[at:], flush=True)), expected)
 
 
+def test_a_snapshot_of_a_stream_batch_that_rests_keeps_its_memories(make, seeded, play, camera):
+    pipe = make(sampler=FlowSampler(3, rule="renoise"))
+    session = pipe.stream("a cave", generator=seeded(), strength=0.9, stream_batch=True, skip_similar=0.5)
+    moving = camera(40)[::4]
+    play(session, [*moving[:5], *[moving[4]] * 4])
+    assert session.state.flight.frames == []
+    saved = session.snapshot()
+    expected = pictures(play(session, moving[5:], flush=True))
+    session.restore(saved)
+    assert pipe.arena.in_use == 3
+    near(pictures(play(session, moving[5:], flush=True)), expected)
+    session.close()
+    assert pipe.arena.in_use == 0
+
+
 @pytest.mark.parametrize("damage", ["level", "step", "sigmas", "frame"])
 def test_a_damaged_snapshot_of_a_stream_batch_is_refused(make, seeded, damage, camera, play):
     pipe = make(sampler=FlowSampler(3))
