@@ -8,6 +8,13 @@ from torch import Tensor
 from ..backend import runs_triton
 from . import reference
 
+# Where tensor cores, or conversions, know the type.
+CAPABILITY = {torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}
+
+
+def runs_in(dtype: torch.dtype, x: Tensor) -> bool:
+    return runs_triton(x, what=f"the {str(dtype)[6:]} Triton kernel", capability=CAPABILITY[dtype])
+
 
 @torch.library.custom_op(
     "millstream::norm_rotary",
@@ -71,7 +78,7 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     "millstream::quantize_rows", mutates_args=(), schema="(Tensor x, ScalarType dtype) -> (Tensor, Tensor)"
 )
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if not runs_triton(x):
+    if not runs_in(dtype, x):
         values, scale = reference.quantize_rows_reference(x, dtype)
         return values.contiguous(), scale.contiguous()
     from .triton import quantize_rows_triton
@@ -93,7 +100,7 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def quantized_product(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if not runs_triton(values):
+    if not runs_in(values.dtype, values):
         return reference.quantized_product_reference(values, scale, weight, weight_scale, bias, dtype)
     from .triton_linear import quantized_product_triton
 

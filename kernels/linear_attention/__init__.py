@@ -103,8 +103,8 @@ def _run(
     """Out in `dtype` and the state, by the fastest form there is."""
     inputs = (q, k, v, g, state)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    by_kernel = runs_triton(q) and state.dtype == torch.float32 and (block == 1 or block >= FRAME)
-    if by_kernel and not wants_gradient:
+    by_operator = q.is_cuda and state.dtype == torch.float32 and (block == 1 or block >= FRAME)
+    if by_operator and not wants_gradient:
         return torch.ops.millstream.linear_attention(q, k, v, g, state, block, dtype)
     return _in_pytorch(q, k, v, g, state, block, dtype)
 
@@ -126,7 +126,7 @@ def _operator(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, state: Tensor, block: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """What `torch.compile` and CUDA graphs see."""
-    if not runs_triton(q):
+    if not runs_triton(q, what="linear attention's Triton kernel", capability=(8, 0)):
         out, state = _in_pytorch(q, k, v, g, state, block, dtype)
         return out.contiguous(), state.contiguous()
     from .triton import linear_attention_triton

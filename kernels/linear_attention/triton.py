@@ -195,7 +195,7 @@ def linear_attention_triton(
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever its tensors are
         _sum_kernel[(parts, rows * heads, triton.cdiv(D, tile_d) * tiles_e)](
             k, v, passed, sums, *k_strides, *v_strides, length, span, per_group, parts, heads,
-            D, E, kind if by_token else 0, piece, tile_d, tile_e, precise,
+            D, E, kind if by_token else 0, piece, tile_d, tile_e, precise, num_stages=1 if by_token else 3,
         )  # fmt: skip
         _scan_kernel[(rows * heads, triton.cdiv(D * E, 512))](
             sums, steps, state, kept, last, groups, per_group, heads, D, E, kind, not by_token, 512
@@ -204,7 +204,8 @@ def linear_attention_triton(
         if not by_token:
             per_block = triton.cdiv(block, CHUNK.value)
             _read_kernel[(groups * per_block, rows * heads, tiles_e)](
-                q, kept, out, *q_strides, length, block, per_block, groups, heads, D, E, tile_d, tile_e, precise
+                q, kept, out, *q_strides, length, block, per_block, groups, heads, D, E, tile_d, tile_e, precise,
+                num_stages=2,
             )  # fmt: skip
         elif kind == 2:
             channel_kernel[(parts * (CHUNK.value // SUB.value), rows * heads, tiles_e)](
@@ -213,6 +214,7 @@ def linear_attention_triton(
             )  # fmt: skip
         else:
             chunk_kernel[(parts, rows * heads, tiles_e)](
-                q, k, v, passed, kept, out, *q_strides, *k_strides, *v_strides, *shape, kind, tile_d, tile_e, precise
+                q, k, v, passed, kept, out, *q_strides, *k_strides, *v_strides, *shape, kind, tile_d, tile_e, precise,
+                num_stages=2,
             )  # fmt: skip
     return out, last
