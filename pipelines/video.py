@@ -67,7 +67,7 @@ class VideoPipeline(VideoStreamer):
         vae: AutoencoderKLWan,
         text_encoder: UMT5EncoderModel | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        recipe: Recipe | str | Mapping[str, Any],
+        recipe: Recipe | str | Mapping[str, Any] = "self_forcing",
         decoder: TinyVideoDecoder | None = None,
         size: Sequence[int] = (480, 832),
         rate: float = RATE,
@@ -80,6 +80,7 @@ class VideoPipeline(VideoStreamer):
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
         check_parts(transformer, vae, text_encoder)
         self._arena = self._still = None
+        self._size = (0, 0)
         self._sharing = RLock()  # sessions may run on threads of their own, and share the arena and the codecs' scratch
         self._read: OrderedDict[str, Tensor] = OrderedDict()
         self._encoder = WanEncoder(vae)

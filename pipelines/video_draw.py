@@ -28,18 +28,23 @@ CONTEXT_NOISE = 1 << 20  # the noise step of the pass that remembers; sampler st
 
 
 class VideoDrawer(PromptReader):
-    """The part of a video pipeline that runs the network. `size` is (height, width) in pixels."""
+    """The part of a video pipeline that runs the network."""
 
     transformer: CausalTransformer3DModel
     vae: AutoencoderKLWan
     decoder: TinyVideoDecoder | None
     recipe: Recipe
-    size: tuple[int, int]
+    _size: tuple[int, int]
     _arena: RowArena | None
     _encoder: WanEncoder
     _decoder: WanDecoder | TinyVideoDecoder
     _still: CodecState | None  # an encoder's for single pictures
     _sharing: RLock
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of its pictures in pixels; see `resize`."""
+        return self._size
 
     @property
     def arena(self) -> RowArena:

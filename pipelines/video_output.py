@@ -48,7 +48,7 @@ def as_picture(image: Any, size: tuple[int, int]) -> Tensor:
 
         image = np.asarray(ImageOps.fit(image.convert("RGB"), (width, height)))
     if isinstance(image, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(image))
+        values = torch.from_numpy(np.array(image))
         image = values.movedim(-1, 0) if values.ndim == 3 else values
         image = image.float() / 255 if image.dtype == torch.uint8 else image
     if not isinstance(image, Tensor) or tuple(image.shape) != (3, height, width) or not image.is_floating_point():

@@ -32,10 +32,10 @@ class VideoStreamer(VideoDrawer):
         rows, columns = patch_h * pixels, patch_w * pixels
         if height % rows or width % columns or min(height, width) < 1:
             raise ValueError(f"pictures are multiples of {rows} x {columns} pixels, got {height} x {width}")
-        if self.__dict__.get("size") == (height, width):
+        if self._size == (height, width):
             return
         self._check_idle("be drawn in another size")
-        self.size, self._arena, self._still = (height, width), None, None
+        self._size, self._arena, self._still = (height, width), None, None
         self.register_to_config(size=[height, width])
 
     def _check_idle(self, wish: str) -> None:

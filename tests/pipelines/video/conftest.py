@@ -65,7 +65,7 @@ def make_parts(layers=2):
 
 
 def make_pipe(recipe="self_forcing", **settings):
-    pipe = VideoPipeline(**make_parts(), recipe=recipe, **{"size": (32, 48), "text_length": 8, **settings})
+    pipe = VideoPipeline(**make_parts(), recipe=recipe, **{"size": (16, 32), "text_length": 8, **settings})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
