@@ -112,12 +112,13 @@ class Lightning(LinearMixer):
 
     def __init__(self, dim: int, heads: int, layer: int, layers: int, tokens: int | None) -> None:
         super().__init__(dim, heads, layer, layers, tokens)
-        slopes = 8 * torch.arange(1, heads + 1) / heads * (1 - layer / layers)
-        self.register_buffer("decay", (-slopes).exp(), persistent=False)
+        self.slope = 8 / heads * (1 - layer / layers)
 
     def features(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Context) -> dict[str, Any]:
         q, k = (rotated(F.silu(part), context).to(v.dtype) for part in (q, k))
-        return {"q": q, "k": k, "v": v, "decay": self.decay}
+        # Made anew: a buffer would become bfloat16 with the model, in which a slow decay is none.
+        head = torch.arange(1, q.shape[2] + 1, device=q.device, dtype=torch.float32)
+        return {"q": q, "k": k, "v": v, "decay": torch.exp(-self.slope * head)}
 
 
 class Gated(LinearMixer):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from millstream.kernels import rotary_angles
+from millstream.models.block import Context
 from millstream.models.mixers import KINDS, make_cache, mixer_kinds
 from millstream.models.transformer import CausalTransformer3DModel
 from millstream.streaming.kv_cache import KVCache, Window
@@ -146,6 +148,17 @@ def test_softmax_weights_fit_a_linear_model_and_back():
     extra = model("linear(gated)").load_state_dict(plain.state_dict(), strict=False)
     assert not extra.unexpected_keys
     assert all(".mixer." in name for name in extra.missing_keys)
+
+
+@torch.no_grad()
+def test_slow_decays_survive_half_precision():
+    """In bfloat16 a factor of 0.9990 would be 1; what a stream remembers must not depend on its dtype."""
+    transformer = model("linear(lightning)").to(torch.bfloat16)
+    mixer = transformer.blocks[3].mixer
+    q = torch.ones(1, 6, 2, 12, dtype=torch.bfloat16)
+    context = Context(rotary_angles(torch.arange(1), 2, 3, 12), None, None, (1, 2, 3), 6)
+    decay = mixer.features(q.flatten(2), q, q, q, context)["decay"]
+    torch.testing.assert_close(decay, torch.tensor([-1.0, -2.0]).exp(), atol=1e-6, rtol=0)  # 8 / 2 heads * 1 / 4
 
 
 @torch.no_grad()

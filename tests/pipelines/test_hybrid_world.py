@@ -61,3 +61,18 @@ def test_a_saved_stream_goes_on_in_another_pipeline(hybrid, seeded, draw, tmp_pa
     with loaded.stream("anything") as session:
         session.restore(Snapshot.load(path))
         torch.testing.assert_close(draw(session, 5), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_draw_the_same(hybrid, seeded, draw):
+    hybrid.to("cuda")
+    with hybrid.stream("a cave", generator=seeded()) as session:
+        recorded = draw(session, 24, SCRIPT * 3)
+        assert len(hybrid.arena.recordings)
+    hybrid._arena = None
+    with hybrid.stream("a cave", generator=seeded()) as session:
+        hybrid.arena.recordings.patience = 10**9
+        plain = draw(session, 24, SCRIPT * 3)
+        assert not len(hybrid.arena.recordings)
+    torch.testing.assert_close(recorded, plain, atol=1e-3, rtol=0)
