@@ -134,7 +134,7 @@ def attend_blocks(
         has_table=places is not None, has_q_lengths=q_lengths is not None, has_k_lengths=k_lengths is not None,
         full_lengths=k_lengths is not None and gathered,
         has_bias=bias is not None, has_source=q_source is not None, quantize=quantize, v_row=v_scale is None,
-        descriptors=descriptors, exact="ieee" if q.dtype == torch.float32 else "tf32", stages=config.stages,
+        descriptors=descriptors, exact="tf32x3" if q.dtype == torch.float32 else "tf32", stages=config.stages,
         num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return (out[0], lse[0]) if splits == 1 else merge_stacked(out, lse, out_dtype)

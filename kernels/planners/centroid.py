@@ -18,7 +18,7 @@ def pisa(
     block: int = 64,
     first_order: bool = False,
 ) -> BlockPlan:
-    """PISA, piecewise sparse attention: the best blocks exact, the rest by mean key and value.
+    """PISA, piecewise sparse attention (arXiv 2602.01077): the best blocks exact, the rest by mean key and value.
 
     Args:
         density: share of key blocks that is exact; at least one per query block.
@@ -39,7 +39,7 @@ def pisa(
 
 
 def svg_ear(q: Tensor, k: Tensor, v: Tensor, *, density: float = 0.15, block: int = 64) -> BlockPlan:
-    """SVG-EAR, error-aware routing: exact where the centroid would err most for its cost.
+    """SVG-EAR, error-aware routing (arXiv 2603.08982): exact where the centroid would err most for its cost.
 
     *Surrogate*: the error of a skipped block is n_j exp(s q.k_j) (sigma_v + s |q| sigma_k |v_j|) / (n_i n_j), with
     sigma the spread of keys and values in the block, and blocks of neighbouring tokens stand for the source's clusters

@@ -124,7 +124,7 @@ def seer(
 
 
 def proxy(q: Tensor, k: Tensor, *, groups: int = 4, gamma: float = 0.9, block: int = 128) -> BlockPlan:
-    """ProxyAttn: heads of a group share one ranking of blocks, each head has its own budget.
+    """ProxyAttn (arXiv 2509.24745): heads of a group share one ranking of blocks, each head has its own budget.
 
     *Surrogate*: the proxy is the mean of the group's pooled queries and keys, and a head's budget is how many of its
     own pooled weights hold the share `gamma`.

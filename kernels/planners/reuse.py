@@ -11,7 +11,7 @@ from .scores import block_scores, top_k
 
 
 class FlashBlock:
-    """FlashBlock: attention to everything outside the chunk is computed at its first step and kept.
+    """FlashBlock (arXiv 2602.05305): attention to everything outside the chunk is computed at its first step and kept.
 
     Later steps attend inside the chunk and merge. The kept part is (out, lse) per layer, in buffers that are written
     in place, so that a CUDA graph may hold them. It is an approximation from the second step on: the queries change,

@@ -24,7 +24,7 @@ def window(
     """Generalized neighborhood attention (arXiv 2504.16922; its parameter names) over a 1-, 2- or 3-D grid of tokens.
 
     Tokens are put into tiles; where stride, window and tile align, every visited block is full. FreeSwim's inward
-    windows are this with kernel_size 2 d + 1.
+    windows (arXiv 2511.14712) are this with kernel_size 2 d + 1.
 
     Args:
         grid: tokens per axis, last fastest, (frames, height, width) for video.
