@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from millstream.kernels import linear_attend
 from millstream.streaming.kv_cache import KVCache, Window
@@ -100,6 +102,46 @@ def test_rolled_back_frames_have_never_been(block, spare, back):
     for part in parts[6:10]:
         a, b = draw(memory, [0], part[None]), draw(straight, [0], part[None])
         assert all(torch.equal(a[layer], b[layer]) for layer in LINEAR)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_whatever_happened_a_row_remembers_what_was_committed_and_not_undone(data):
+    """Two rows drawn, dropped, rolled back, saved, copied over each other and reset at random."""
+    memory, logs, saved = cache(rows=2, spare=2), [[], []], None
+    for number in range(data.draw(st.integers(1, 14))):
+        row = data.draw(st.integers(0, 1))
+        action = data.draw(st.sampled_from(["draw", "draw", "both", "drop", "back", "save", "load", "reset"]))
+        parts = torch.stack([stream(2 * number + which, 1) for which in range(2)])
+        if action == "draw":
+            draw(memory, [row], parts[:1])
+            logs[row].append(parts[0])
+        elif action == "both":
+            draw(memory, [1, 0], parts)
+            logs[1].append(parts[0])
+            logs[0].append(parts[1])
+        elif action == "drop":
+            chunk = memory.open([row])
+            for layer in LINEAR:
+                chunk.keep(layer, attend(layer, *parts[:1].transpose(0, 1), chunk.state(layer))[1])
+        elif action == "back":
+            target = data.draw(st.sampled_from(memory.ends[row]))
+            memory.rollback(row, memory.counts[row] - target)
+            del logs[row][target:]
+        elif action == "save":
+            saved = memory.snapshot(row), list(logs[row])
+        elif action == "load" and saved is not None:
+            memory.restore(row, saved[0])
+            logs[row] = list(saved[1])
+        elif action == "reset":
+            memory.reset(row)
+            logs[row] = []
+    for row, log in enumerate(logs):
+        log.append(stream(99, 1))
+        out = draw(memory, [row], log[-1][None])
+        for layer in LINEAR:
+            expected = whole(layer, torch.cat(log, dim=1))[:, -TOKENS:]
+            torch.testing.assert_close(out[layer], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_part_of_a_chunk_cannot_be_rolled_back():
