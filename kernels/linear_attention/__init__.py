@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backend import runs_triton
 from .reference import FRAME, chunked, recurrent
 
-__all__ = ["LinearState", "linear_attend"]
+__all__ = ["LinearState", "Normalize", "linear_attend"]
 
 Normalize = Literal["none", "query", "channel"]
 FORGOTTEN = -100.0  # e^-100 is below the last bit of anything it is added to; -inf - -inf would be NaN
