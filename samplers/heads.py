@@ -43,7 +43,8 @@ class Categorical:
     def draw(self, output: Tensor, ask: Ask, draws: Draws, weight: float | None) -> tuple[Tensor, Tensor]:
         logits = output.float()
         if weight is not None:
-            logits = combine(*logits.chunk(2), weight)
+            positive, negative = logits.chunk(2)
+            logits = combine(positive, negative, weight)
         # Confidence is read before temperature and truncation, as MaskGIT does: they would flatter every token.
         log_probs = logits.log_softmax(dim=-1)
         if self.temperature == 0:
@@ -100,6 +101,7 @@ class FlowTokens:
                 velocity = self.velocity(x, sigma, condition)
             else:
                 both = self.velocity(torch.cat([x, x]), sigma, condition)
-                velocity = combine(*both.chunk(2), weight)
+                positive, negative = both.chunk(2)
+                velocity = combine(positive, negative, weight)
             x, _ = rule.step(x, velocity, sigma, sigma_next)
         return x.unflatten(0, noise.shape[:2]), None

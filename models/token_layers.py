@@ -1,0 +1,154 @@
+"""Layers of the token transformer: rotary places on any grid, attention with a cache of fixed memory, feed-forward.
+
+Shapes: B batch, L tokens of a call, H heads of d channels, D = H * d, K keys that are cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import apply_rotary, attend
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def axial_angles(places: Tensor, head_dim: int, theta: float = 10000.0) -> Rotary:
+    """Cosines and sines of places on a grid of any number of axes: each axis turns an equal share of the channels.
+
+    Args:
+        places: [..., A], a coordinate for each of A axes; fractions are fine.
+        head_dim: d, a multiple of 2 A.
+        theta: base of the frequencies.
+
+    Returns:
+        (cos, sin) [..., d // 2], float32.
+
+    Raises:
+        ValueError: d is not a multiple of 2 A.
+    """
+    axes = places.shape[-1]
+    if head_dim % (2 * axes):
+        raise ValueError(f"head_dim must be a multiple of {2 * axes} to turn along {axes} axes, got {head_dim}")
+    per_axis = head_dim // (2 * axes)
+    exponents = torch.arange(per_axis, dtype=torch.float64, device=places.device) / per_axis
+    angles = (places.double()[..., None] * theta**-exponents).flatten(-2)
+    return angles.cos().float(), angles.sin().float()
+
+
+def grid_places(sides: Sequence[int]) -> Tensor:
+    """Coordinates [N, A] of every place of a grid, the last axis fastest: [rows, columns] for a picture."""
+    return torch.cartesian_prod(*(torch.arange(side) for side in sides)).reshape(-1, len(sides))
+
+
+class KeysValues:
+    """Keys and values of one layer, [B, capacity, H, d]: filled from the front, never moved."""
+
+    def __init__(self, like: Tensor, batch: int, capacity: int, heads: int, head_dim: int) -> None:
+        self.k, self.v = (like.new_zeros(batch, capacity, heads, head_dim) for _ in range(2))
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep [B, L, H, d] of each; returns all that is kept."""
+        end = self.length + k.shape[1]
+        self.k[:, self.length : end], self.v[:, self.length : end] = k, v
+        self.length = end
+        return self.kept()
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        return self.k[:, : self.length], self.v[:, : self.length]
+
+    def put(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace the rows `index` [B, L] and return the whole capacity."""
+        place = index[..., None, None].expand_as(k)
+        self.k.scatter_(1, place, k)
+        self.v.scatter_(1, place, v)
+        return self.k, self.v
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Heads(nn.Module):
+    """Split into heads, normalise each, turn it to its place."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.RMSNorm(head_dim, eps=1e-6)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        return apply_rotary(self.norm(x.unflatten(-1, (self.heads, -1))), *rotary)
+
+
+class Where(NamedTuple):
+    """What the attention of a pass sees beyond its own tokens.
+
+    `mask` bool [.., L, K]; `cache`: one per layer, to append to; `index` [B, L]: rows of the cache to replace instead.
+    """
+
+    rotary: Rotary
+    mask: Tensor | None = None
+    cache: Sequence[KeysValues] | None = None
+    index: Tensor | None = None
+
+
+class SelfBlock(nn.Module):
+    """Attention among tokens, then feed-forward; normalised before each (RMS), as in LLaMA."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.query, self.key = (Heads(heads, dim // heads) for _ in range(2))
+        self.feed_forward = SwiGLU(dim, hidden)
+
+    def forward(self, x: Tensor, where: Where, layer: int) -> Tensor:
+        q, k, v = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
+        q, k = self.query(q, where.rotary), self.key(k, where.rotary)
+        v = v.unflatten(-1, (self.key.heads, -1))
+        if where.cache is not None:
+            cache = where.cache[layer]
+            k, v = cache.append(k, v) if where.index is None else cache.put(where.index, k, v)
+        x = x + self.to_out(attend(q, k, v, mask=where.mask).flatten(2))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class CrossBlock(nn.Module):
+    """Queries that look at given keys and values and never at each other, then feed-forward."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.to_q, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+        self.query = Heads(heads, dim // heads)
+        self.feed_forward = SwiGLU(dim, hidden)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
+        q = self.query(self.to_q(self.norm1(x)), where.rotary)
+        x = x + self.to_out(attend(q, k, v, mask=where.mask).flatten(2))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """Self-attention blocks, or with `cross` blocks that look at keys and values given from outside."""
+
+    def __init__(self, layers: int, dim: int, heads: int, hidden: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList((CrossBlock if cross else SelfBlock)(dim, heads, hidden) for _ in range(layers))
+
+    def forward(self, x: Tensor, where: Where, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        for layer, block in enumerate(self.blocks):
+            x = block(x, where, layer) if k is None else block(x, k, v, where)
+        return x

@@ -1,0 +1,286 @@
+"""One transformer over picture (or video, or sound) tokens, for every way of decoding them.
+
+    kind        who sees whom                                   decoded
+    two_pass    known tokens see known ones; queries, rotated   in any order, any number at once, with a cache (ARPG)
+                to their targets, see known tokens only
+    masked      everyone sees everyone, open places are [MASK]  the surest first (MaskGIT); delayed caching
+    causal      each sees those before it                       one after the other (raster)
+    scales      each scale sees the coarser ones and itself     scale after scale (VAR)
+
+The prompt is a prefix of tokens without a place; it is always seen. Shapes: B batch, N tokens, S prompt tokens, V
+vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, cast, get_args
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from .packed import PackedModelMixin
+from .token_layers import Heads, KeysValues, Rotary, Stack, Where, axial_angles, grid_places
+
+Kind = Literal["two_pass", "masked", "causal", "scales"]
+
+
+class TokenCache(NamedTuple):
+    """What a decoding has computed so far, in memory of fixed size: `begin` makes it, `feed` and its like fill it.
+
+    `layers`: keys and values of every self-attention layer; `shared`: those that the second pass looks at (two_pass);
+    `last`: [B, 1, D], what stands at the newest token (causal).
+    """
+
+    layers: list[KeysValues]
+    shared: KeysValues | None
+    last: Tensor
+
+
+class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
+    """Predicts tokens from tokens and a prompt.
+
+    Sources: ARPG (arXiv:2503.10568) for two_pass, MaskGIT (arXiv:2202.04200) for masked, VAR (arXiv:2404.02905) for
+    scales, LlamaGen (arXiv:2406.06525) for causal and for the layers.
+
+    Args:
+        kind: see the module.
+        vocab_size: V. With `token_channels` tokens are vectors of so many channels instead, and the outputs are
+            conditions [.., D] for a flow head.
+        grid: sides of the token grid: (rows, columns), or (frames, rows, columns). For kind "scales" it is the last.
+        dim, num_heads, ffn_dim: of every layer.
+        num_layers: self-attention layers.
+        num_cross_layers: layers of the second pass; of kind two_pass only.
+        text_dim: width of the prompt's tokens.
+        scale_sides: sides of the square maps, coarse to fine; of kind "scales" only.
+
+    Raises:
+        ValueError: a kind that does not exist or sizes that contradict it.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        kind: Kind = "two_pass",
+        vocab_size: int = 1024,
+        grid: tuple[int, ...] = (16, 16),
+        dim: int = 192,
+        num_heads: int = 3,
+        ffn_dim: int = 512,
+        num_layers: int = 4,
+        num_cross_layers: int = 4,
+        text_dim: int = 128,
+        token_channels: int | None = None,
+        scale_sides: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        _check(kind, grid, num_cross_layers, scale_sides)
+        self.token_embedding = (
+            nn.Embedding(vocab_size, dim) if token_channels is None else nn.Linear(token_channels, dim)
+        )
+        self.text_projection = nn.Linear(text_dim, dim)
+        self.self_decoder = Stack(num_layers, dim, num_heads, ffn_dim)
+        self.mask_embedding = nn.Parameter(torch.randn(dim) * 0.02)
+        if kind == "two_pass":
+            self.norm_shared = nn.RMSNorm(dim, eps=1e-6)
+            self.to_shared = nn.Linear(dim, 2 * dim, bias=False)
+            self.shared_key = Heads(num_heads, dim // num_heads)
+            self.cross_decoder = Stack(num_cross_layers, dim, num_heads, ffn_dim, cross=True)
+        if kind == "scales":
+            self.scale_embedding = nn.Parameter(torch.randn(len(scale_sides or ()), dim) * 0.02)
+        self.norm_out = nn.RMSNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, vocab_size, bias=False) if token_channels is None else nn.Identity()
+        cos, sin = axial_angles(_places(grid, scale_sides), dim // num_heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Small at first: what a residual layer adds shrinks with depth, and the head begins near uniform."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and name not in ("scale_embedding",):
+                nn.init.normal_(parameter, std=0.02)
+        depth = self.config["num_layers"] + self.config["num_cross_layers"]
+        for name, parameter in self.named_parameters():
+            if name.endswith(("to_out.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth))
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.cos.shape[0]
+
+    def rotary(self, places: Tensor | None, prefix: int = 0) -> Rotary:
+        """Angles of `prefix` tokens without a place, then of `places` [B, n] (None: all of the grid, in order)."""
+        cos, sin = self.cos, self.sin
+        if places is not None:
+            cos, sin = cos[places], sin[places]
+        if prefix:
+            still = cos.new_ones(*cos.shape[:-2], prefix, cos.shape[-1])
+            cos, sin = torch.cat([still, cos], dim=-2), torch.cat([torch.zeros_like(still), sin], dim=-2)
+        return cos, sin
+
+    def forward(
+        self, tokens: Tensor, text: Tensor, *, order: Tensor | None = None, known: Tensor | None = None
+    ) -> Tensor:
+        """What training needs: all predictions at once.
+
+        Args:
+            tokens: int64 [B, N] (or [B, N, C] if continuous), in the order of the grid; for kind "scales" the inputs
+                [B, N, C] of all scales but the first, one after the other (`Scales.next_input`).
+            text: [B, S, text_dim].
+            order: int64 [B, N], a permutation of the places for each row (two_pass only; needed).
+            known: bool [B, N], which tokens are shown (masked only; needed).
+
+        Returns:
+            Logits [B, N, V] (or conditions [B, N, D]): for two_pass in the order of `order`, else of the grid. Each is
+            computed from what decoding would know at that moment.
+        """
+        kind: Kind = self.config["kind"]
+        if (kind == "two_pass") != (order is not None) or (kind == "masked") != (known is not None):
+            raise ValueError(f'kind "{kind}" takes {_EXTRA[kind]}; give that and nothing else')
+        prefix = self.text_projection(text)
+        if kind == "two_pass":
+            return self._two_pass(tokens, prefix, cast("Tensor", order))
+        if kind == "masked":
+            x = torch.cat([prefix, self._shown(tokens, cast("Tensor", known))], dim=1)
+            seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
+            seen[: prefix.shape[1], prefix.shape[1] :] = False  # so that the prompt's keys can be cached
+            x = self.self_decoder(x, Where(self.rotary(None, prefix.shape[1]), seen))
+            return self._out(x[:, prefix.shape[1] :])
+        if kind == "scales":
+            return self._scales(tokens, prefix)
+        x = torch.cat([prefix, self.token_embedding(tokens[:, :-1])], dim=1)
+        mask = causal_mask(prefix.shape[1], self.tokens - 1, x.device)
+        cos, sin = self.rotary(None, prefix.shape[1])
+        x = self.self_decoder(x, Where((cos[:-1], sin[:-1]), mask))
+        return self._out(x[:, prefix.shape[1] - 1 :])
+
+    def _two_pass(self, tokens: Tensor, prefix: Tensor, order: Tensor) -> Tensor:
+        index = order if tokens.ndim == 2 else order[..., None].expand(-1, -1, tokens.shape[2])
+        shown = order[:, :-1]
+        x = torch.cat([prefix, self.token_embedding(tokens.gather(1, index)[:, :-1])], dim=1)
+        mask = causal_mask(prefix.shape[1], shown.shape[1], x.device)
+        rotary = self.rotary(shown, prefix.shape[1])
+        k, v = self._share(self.self_decoder(x, Where(rotary, mask)), rotary)
+        queries = self.mask_embedding.expand(*order.shape, -1)
+        # The query of the i-th token sees the prompt and the i tokens before it: the mask's rows from the last prompt
+        # token on.
+        where = Where(self.rotary(order), mask[prefix.shape[1] - 1 :])
+        return self._out(self.cross_decoder(queries, where, k, v))
+
+    def _scales(self, inputs: Tensor, prefix: Tensor) -> Tensor:
+        sides = self.config["scale_sides"]
+        scale = torch.repeat_interleave(
+            torch.arange(len(sides), device=prefix.device),
+            torch.tensor([side * side for side in sides], device=prefix.device),
+        )
+        first = self.mask_embedding.expand(prefix.shape[0], 1, -1)
+        x = torch.cat([first, self.token_embedding(inputs)], dim=1) + self.scale_embedding[scale]
+        x = torch.cat([prefix, x], dim=1)
+        level = torch.cat([scale.new_full((prefix.shape[1],), -1), scale])
+        x = self.self_decoder(x, Where(self.rotary(None, prefix.shape[1]), level[:, None] >= level[None]))
+        return self._out(x[:, prefix.shape[1] :])
+
+    def begin(self, text: Tensor) -> TokenCache:
+        """A cache with the prompt [B, S, text_dim] in it, and room for every token."""
+        prefix = self.text_projection(text)
+        capacity = prefix.shape[1] + self.tokens
+        made = [self._keys(prefix, capacity) for _ in range(self.config["num_layers"])]
+        shared = self._keys(prefix, capacity) if self.config["kind"] == "two_pass" else None
+        rotary = self._still(prefix)
+        x = self.self_decoder(prefix, Where(rotary, None, made))
+        if shared is not None:
+            shared.append(*self._share(x, rotary))
+        return TokenCache(made, shared, x[:, -1:].clone())
+
+    def feed(self, tokens: Tensor, places: Tensor, cache: TokenCache) -> None:
+        """Show decided tokens [B, m] (or [B, m, C]) at `places` [B, m]: two_pass and causal. They see one another.
+
+        One token at a time is what training saw; a group that is fed together sees a little more (as ARPG decodes).
+        """
+        if places.shape[1] == 0:
+            return
+        rotary = self.rotary(places)
+        x = self.self_decoder(self.token_embedding(tokens), Where(rotary, None, cache.layers))
+        if cache.shared is not None:
+            cache.shared.append(*self._share(x, rotary))
+        cache.last.copy_(x[:, -1:])
+
+    def predict(self, places: Tensor, cache: TokenCache) -> Tensor:
+        """Logits [B, n, V] (or conditions) at open `places` [B, n]; of kind causal, of the one that comes next."""
+        if cache.shared is None:
+            return self._out(cache.last)
+        queries = self.mask_embedding.expand(*places.shape, -1)
+        return self._out(self.cross_decoder(queries, Where(self.rotary(places)), *cache.shared.kept()))
+
+    def predict_scale(self, level: int, given: Tensor | None, cache: TokenCache) -> Tensor:
+        """Logits [B, n, V] of a whole scale from its input [B, n, C] (None for the first), kept in the cache."""
+        sides = self.config["scale_sides"]
+        first = sum(side * side for side in sides[:level])
+        batch = cache.last.shape[0]
+        x = self.mask_embedding.expand(batch, 1, -1) if given is None else self.token_embedding(given)
+        x = x + self.scale_embedding[level]
+        places = torch.arange(first, first + x.shape[1], device=x.device)
+        return self._out(self.self_decoder(x, Where(self.rotary(places), None, cache.layers)))
+
+    def predict_masked(self, tokens: Tensor, known: Tensor, cache: TokenCache, places: Tensor) -> Tensor:
+        """Kind masked: logits [B, n, V] at `places` [B, n] alone, computed anew; all others keep their cached keys.
+
+        With all places this is `forward`. The prompt's own keys are those of `begin`: it does not see the picture.
+        """
+        prefix = cache.layers[0].k.shape[1] - self.tokens
+        embedded = self._shown(tokens, known)
+        x = embedded.gather(1, places[..., None].expand(-1, -1, embedded.shape[2]))
+        return self._out(self.self_decoder(x, Where(self.rotary(places), None, cache.layers, places + prefix)))
+
+    def _shown(self, tokens: Tensor, known: Tensor) -> Tensor:
+        return torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding)
+
+    def _share(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """The one pair of keys and values [B, L, H, d] that every layer of the second pass looks at."""
+        k, v = self.to_shared(self.norm_shared(x)).chunk(2, dim=-1)
+        return self.shared_key(k, rotary), v.unflatten(-1, (self.config["num_heads"], -1))
+
+    def _out(self, x: Tensor) -> Tensor:
+        return self.head(self.norm_out(x))
+
+    def _keys(self, like: Tensor, capacity: int) -> KeysValues:
+        heads, dim = self.config["num_heads"], self.config["dim"]
+        return KeysValues(like, like.shape[0], capacity, heads, dim // heads)
+
+    def _still(self, prefix: Tensor) -> Rotary:
+        cos = self.cos.new_ones(prefix.shape[1], self.cos.shape[1])
+        return cos, torch.zeros_like(cos)
+
+
+_EXTRA = {"two_pass": "order=", "masked": "known=", "causal": "tokens alone", "scales": "the scales' inputs alone"}
+
+
+def causal_mask(prefix: int, tokens: int, device: torch.device) -> Tensor:
+    """bool [prefix + tokens] squared: the prefix sees itself, a token the prefix and the tokens up to itself."""
+    mask = torch.ones(prefix + tokens, prefix + tokens, dtype=torch.bool, device=device).tril()
+    mask[:prefix, :prefix] = True
+    return mask
+
+
+def _places(grid: Sequence[int], scale_sides: Sequence[int] | None) -> Tensor:
+    """Coordinates [N, A]; cells of a coarse scale stand in the middle of what they cover."""
+    if scale_sides is None:
+        return grid_places(grid)
+    last = scale_sides[-1]
+    return torch.cat([(grid_places((side, side)) + 0.5) * (last / side) - 0.5 for side in scale_sides])
+
+
+def _check(kind: str, grid: Sequence[int], cross: int, scale_sides: Sequence[int] | None) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if (kind == "two_pass") != (cross > 0):
+        raise ValueError(f'num_cross_layers is for kind "two_pass" (at least 1) alone; kind "{kind}" got {cross}')
+    if (kind == "scales") != (scale_sides is not None):
+        raise ValueError(f'scale_sides is for kind "scales" alone, which needs it; kind "{kind}" got {scale_sides}')
+    if scale_sides is not None and tuple(grid) != (scale_sides[-1],) * 2:
+        raise ValueError(f"grid must be the last scale, {(scale_sides[-1],) * 2}, got {tuple(grid)}")
