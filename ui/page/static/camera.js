@@ -16,7 +16,8 @@ export class Camera {
     this.video.playsInline = true;
     this.video.loop = true;
     this.canvas = document.createElement("canvas");
-    this.pending = null; // {time, bitmap}
+    this.pending = null; // on its way, without an answer: {time, bitmap, sent}
+    this.answered = null; // the same once its answer has come, until that is drawn
     this.due = 0;
     this.single = false; // one picture is wanted while the stream is paused
     this.url = null;
@@ -74,28 +75,30 @@ export class Camera {
   }
 
   forget() {
-    this.pending?.bitmap.close();
-    this.pending = null;
+    for (const sent of [this.pending, this.answered]) sent?.bitmap.close();
+    this.pending = this.answered = null;
     this.due = 0;
   }
 
   next(loop) {
-    const look = () => loop === this.loop && this.look();
+    const look = (now, about) => loop === this.loop && this.look(about?.captureTime);
     if (this.video.requestVideoFrameCallback) this.video.requestVideoFrameCallback(look);
     else requestAnimationFrame(look);
   }
 
-  /** The source has a new picture: send it if the model can take one. */
-  look() {
+  /** The source has a new picture: send it if the model can take one. A camera knows when it `captured` it. */
+  look(captured) {
     this.next(this.loop);
     const now = performance.now();
-    if (this.pending && now - this.pending.time > LOST_AFTER) this.forget();
+    if (this.pending && now - this.pending.sent > LOST_AFTER) this.forget();
     const wanted = this.live.mode === "camera" && (this.live.running || this.single);
-    if (!wanted || !this.live.connection.isOpen || this.pending || this.busy || now < this.due || this.live.connection.backlog) return;
+    if (!wanted || !this.live.connection.isOpen || this.pending || this.busy || this.live.connection.backlog) return;
+    // A camera at the model's own rate comes now a little early, now a little late: on the whole it keeps its rate.
     const period = 1000 / this.live.welcome.rate;
-    this.due = Math.max(this.due + period, now - period);
+    if (now < this.due - period / 2) return;
+    this.due = Math.max(this.due, now - period) + period;
     this.single = false;
-    this.capture(now);
+    this.capture(captured ?? now);
   }
 
   async capture(time) {
@@ -104,7 +107,7 @@ export class Camera {
       this.draw();
       const bitmap = await createImageBitmap(this.canvas);
       const picture = await new Promise((resolve) => this.canvas.toBlob(resolve, "image/jpeg", QUALITY));
-      this.pending = { time, bitmap };
+      this.pending = { time, bitmap, sent: performance.now() };
       this.live.connection.sendBinary(packCamera(time, picture));
     } finally {
       this.busy = false;
@@ -126,14 +129,23 @@ export class Camera {
     context.drawImage(this.video, (videoWidth - w) / 2, (videoHeight - h) / 2, w, h, 0, 0, cw, ch);
   }
 
-  /** The answer to the picture captured at `time` is on the canvas. */
-  answered(time) {
-    if (!this.pending || Math.abs(this.pending.time - time) > 0.5) return;
-    const { bitmap } = this.pending;
+  /** The answer to the picture captured at `time` has come: the next may go. */
+  arrived(time) {
+    if (!this.pending || this.pending.time !== time) return;
+    this.answered?.bitmap.close();
+    this.answered = this.pending;
+    this.pending = null;
+  }
+
+  /** That answer is on the canvas: show beside it what it answers. */
+  drawn(time) {
+    if (!this.answered || this.answered.time !== time) return;
+    const { bitmap } = this.answered;
+    this.answered = null;
     this.before.width = bitmap.width;
     this.before.height = bitmap.height;
     this.before.getContext("2d").drawImage(bitmap, 0, 0);
-    this.forget();
+    bitmap.close();
   }
 }
 

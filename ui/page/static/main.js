@@ -54,7 +54,10 @@ class Page {
 
   hear() {
     const { live } = this;
-    live.addEventListener("frame", ({ detail }) => this.screen.offer(detail));
+    live.addEventListener("frame", ({ detail }) => {
+      this.screen.offer(detail);
+      if (live.mode === "camera") this.camera.arrived(detail.time);
+    });
     live.addEventListener("welcome", ({ detail }) => this.welcomed(detail));
     live.addEventListener("state", () => this.restartIfNew());
     live.addEventListener("changed", () => this.render());
@@ -170,7 +173,7 @@ class Page {
     if (Number.isFinite(age)) shown.age = age;
     this.live.connection.send(shown);
     this.live.applied(frame.version, performance.now());
-    if (this.live.mode === "camera") this.camera.answered(frame.time);
+    if (this.live.mode === "camera") this.camera.drawn(frame.time);
     if (!this.hasPicture) {
       this.hasPicture = true;
       this.render();
