@@ -8,11 +8,12 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..world import load_world, positive_integer, positive_seconds
+from ..world import load_world, pick_device, positive_integer, positive_seconds
 
 if TYPE_CHECKING:
     import uvicorn
 
+    from ..server.contract import Servable
     from ..server.sessions import Sessions
     from ..server.settings import Settings
 
@@ -28,6 +29,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         description="Serves a page to this machine. Others come in only with --host and --token; see docs/serving.md",
     )
     parser.add_argument("--model", default="freedoom", help="a shipped model or a model's folder (default: freedoom)")
+    parser.add_argument("--recipe", help="run --model as a video model, the way of this recipe: self_forcing, ...")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     parser.add_argument("--port", type=port_number, default=PORT, help="default: %(default)s; 0 takes any free one")
@@ -74,12 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
         return run_on_ray(arguments, settings)
     listener = listen(settings.host, arguments.port)
     try:
-        pipe = load_world(arguments.model, arguments.device)
+        pipe = load_pipeline(arguments.model, arguments.device, arguments.recipe)
 
         from ..page import PageSettings
         from ..server.app import create_app
 
-        page = PageSettings(model=settings.model, pipeline=lambda: pipe)
+        page = PageSettings(model=settings.model, recipe=settings.recipe, pipeline=lambda: pipe)
         app = create_app(pipe, settings, page=page)
         address = address_of(settings, listener.getsockname()[1])
         print_welcome(settings, address)
@@ -89,21 +91,40 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def load_pipeline(model: str, device: str, recipe: str | None) -> Servable:
+    """A world, or with `recipe` a video model.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, recipe or device, or weights that don't fit.
+    """
+    if recipe is None:
+        return load_world(model, device)
+    import torch
+
+    from ...pipelines.recipes import find_recipe
+    from ...pipelines.video import VideoPipeline
+
+    chosen, place = find_recipe(recipe), pick_device(device)
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    return VideoPipeline.from_pretrained(model, recipe=chosen, torch_dtype=dtype).to(place)
+
+
 def run_on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     """The same app from several replicas; the model is loaded in each of them."""
     import time
     import webbrowser
 
     from ..server import ray_serve
-    from ..world import pick_device
 
     ray_serve.import_ray()
     with listen(settings.host, arguments.port) as listener:  # Ray would say it in a hundred lines
         port = listener.getsockname()[1]
-    name, device = arguments.model, arguments.device
+    model, device, recipe = arguments.model, arguments.device, arguments.recipe
     gpus = 1.0 if pick_device(device).type == "cuda" else 0.0
     try:
-        ray_serve.start(lambda: load_world(name, device), settings, port=port, replicas=arguments.replicas, gpus=gpus)
+        ray_serve.start(
+            lambda: load_pipeline(model, device, recipe), settings, port=port, replicas=arguments.replicas, gpus=gpus
+        )
         address = address_of(settings, port)
         print_welcome(settings, address)
         if arguments.open:
@@ -132,6 +153,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         arguments.recordings.mkdir(parents=True, exist_ok=True)
     return Settings(
         model=arguments.model,
+        recipe=arguments.recipe or "",
         host=arguments.host,
         token=token,
         origins=tuple(arguments.origin),

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from .contract import Servable
+from .contract import Servable, Vault
 from .protocol import PROTOCOL, Close
 from .security import Doorman, Gate, check_exposure, headers_of, host_allowed, origin_allowed, token_given
-from .sessions import Sessions, Vault
+from .sessions import Sessions
 from .settings import Settings
 from .status import memory_mb
 

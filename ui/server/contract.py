@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,13 +16,12 @@ Mode = Literal["play", "camera"]
 
 
 class Servable(Streamable[Any, Any], Protocol):
-    """A pipeline that can be served. It may also have `worlds`, `key_map` and `nearest_world`.
+    """A pipeline that can be served. It may also have `worlds`, `key_map` and `nearest_world`."""
 
-    Attributes:
-        size: (height, width) of a frame; camera pictures are brought to it.
-    """
-
-    size: tuple[int, int]
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of a frame; camera pictures are brought to it."""
+        ...
 
     def stream(self, prompt: str, *, generator: torch.Generator | None = None) -> Session[Any, Any]: ...
 
@@ -70,3 +69,25 @@ class Saved:
     running: bool
     frame: int
     timeline: tuple[dict[str, Any], ...]
+
+
+class Vault(Protocol):
+    """Keeps the last moment of every session where other servers of the same pipeline can find it."""
+
+    def open(self, lose: Callable[[str], object]) -> None:
+        """Begin. `lose` may be called from any thread, with the secret of a session that another server has taken."""
+        ...
+
+    def close(self) -> None: ...
+
+    def put(self, saved: Saved) -> None:
+        """Called on the engine's thread about once a second per session; must not wait."""
+        ...
+
+    async def find(self, secret: str) -> Saved | None:
+        """Take the session over from whichever server has it."""
+        ...
+
+    def forget(self, secret: str) -> None:
+        """The session has ended."""
+        ...

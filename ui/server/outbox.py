@@ -45,6 +45,7 @@ class Outbox:
         self._send, self._pool = send, pool
         self._ordered: deque[str | bytes] = deque()
         self._picture: Picture | None = None
+        self._newest = -1
         self._timers: deque[asyncio.TimerHandle] = deque()
         self._news = asyncio.Event()
 
@@ -76,8 +77,11 @@ class Outbox:
             self._timers.popleft().cancel()
 
     def _put(self, picture: Picture) -> None:
+        if picture.frame <= self._newest:  # a timer that fired late must not turn time back
+            self.dropped += 1
+            return
         self.dropped += self._picture is not None
-        self._picture = picture
+        self._picture, self._newest = picture, picture.frame
         self._news.set()
 
     def shown(self, frame: int) -> None:

@@ -81,7 +81,7 @@ def app_builder(load: Callable[[], Servable], settings: Settings, with_page: boo
         if with_page:
             from ..page import PageSettings
 
-            page = PageSettings(model=settings.model, pipeline=lambda: pipe)
+            page = PageSettings(model=settings.model, recipe=settings.recipe, pipeline=lambda: pipe)
         vault = RayVault(ray.get_actor(KEEPER, namespace=NAME), ray.get, RayError)
         # recordings lie in a folder per replica, or two would take each other's for their own
         own = settings.recordings and settings.recordings / vault.owner

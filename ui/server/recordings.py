@@ -136,8 +136,9 @@ class Recordings:
         folder = self.root / owner
         folder.mkdir(parents=True, exist_ok=True)
         id = secrets.token_urlsafe(16)
-        allowance = lambda: recording.bytes + self._left(owner)  # noqa: E731
-        recording = Recording(id, folder / f"{id}.mp4", rate=rate, live=live, allowance=allowance)
+        recording = Recording(
+            id, folder / f"{id}.mp4", rate=rate, live=live, allowance=lambda: recording.bytes + self._left(owner)
+        )
         with self._lock:
             self._of.setdefault(owner, []).append(recording)
             self._keys[owner] = key

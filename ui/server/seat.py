@@ -55,6 +55,7 @@ class Seat:
         self.running = False
         self.frame = 0
         self.position = 0.0  # seconds of the stream that are drawn
+        self._played = 0.0  # monotonic second at which the last chunk will have been shown
         self.touched = self.left = time.monotonic()
         self.on_moment: Callable[[Saved], None] | None = None
         self.nearest: tuple[str, float] | None = None
@@ -154,12 +155,19 @@ class Seat:
             self._remember()
 
     def _pictures(self, chunk: Chunk, now: float) -> list[tuple[float, Picture]]:
-        captured = self._captured.get(chunk.time)
+        """The frames of `chunk` and when each is due: several are played at the stream's rate, one is shown at once."""
+        captured, count = self._captured.get(chunk.time), len(chunk.data)
+        seconds = count / chunk.rate
+        start = now
+        if count > 1:
+            # after the chunk before, which may still be playing; but never a whole chunk late
+            start = self._played if now < self._played <= now + seconds else now
+            self._played = start + seconds
         pictures = []
         for index, data in enumerate(chunk.data):
-            later = index / chunk.rate
             when = chunk.time * 1000 if captured is None else captured
-            pictures.append((now + later, Picture(data, chunk.version, self.frame, when + later * 1000)))
+            later = index / chunk.rate
+            pictures.append((start + later, Picture(data, chunk.version, self.frame, when + later * 1000)))
             self.frame += 1
         return pictures
 

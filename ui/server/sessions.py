@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from .contract import Mode, Saved, Servable, Viewer
+from .contract import Mode, Saved, Servable, Vault, Viewer
 from .engine import Engine
 from .protocol import Broken, Close
 from .recordings import Recordings
 from .seat import Seat
 from .settings import Settings
 
+log = logging.getLogger(__name__)
 SWEEP_SECONDS = 0.5
 GOODBYE_SECONDS = 2.5
 PARK_SECONDS = 3.0  # away for so long, a session leaves its place to those who wait, and is kept in memory
-
-
-class Vault(Protocol):
-    """Keeps the last moment of every session where other servers of the same pipeline can find it."""
-
-    def open(self, lose: Callable[[str], object]) -> None:
-        """Begin. `lose` may be called from any thread, with the secret of a session that another server has taken."""
-        ...
-
-    def close(self) -> None: ...
-
-    def put(self, saved: Saved) -> None:
-        """Called on the engine's thread about once a second per session; must not wait."""
-        ...
-
-    async def find(self, secret: str) -> Saved | None:
-        """Take the session over from whichever server has it."""
-        ...
-
-    def forget(self, secret: str) -> None:
-        """The session has ended."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +64,7 @@ class Sessions:
         self._parking: dict[Seat, asyncio.Task] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.Task | None = None
+        self._closing = False
 
     async def open(self) -> None:
         """Begin to draw."""
@@ -96,6 +76,7 @@ class Sessions:
 
     async def close(self) -> None:
         """Say goodbye to everybody, finish the recordings, end the streams. Harmless twice."""
+        self._closing = True
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -121,8 +102,10 @@ class Sessions:
         """Stand in the queue; where a place is free the seat is ready at once.
 
         Raises:
-            Broken: the queue is full.
+            Broken: the queue is full, or the server is going away.
         """
+        if self._closing:
+            raise Broken(Close.GOING_AWAY, "the server is going away")
         if len(self.waiting) >= self.settings.max_waiting:
             raise Broken(Close.TOO_MANY, f"{len(self.waiting)} others are waiting already; come back later")
         ticket = Ticket(client, wish)
@@ -140,7 +123,7 @@ class Sessions:
         ticket.seat.cancel()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.seats) < self.settings.max_sessions:
+        while self.waiting and len(self.seats) < self.settings.max_sessions and not self._closing:
             ticket = self.waiting.popleft()
             try:
                 ticket.seat.set_result(self._new_seat(ticket.wish))
@@ -246,7 +229,10 @@ class Sessions:
     async def _sweep_for_ever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            self.sweep(time.monotonic())
+            try:
+                self.sweep(time.monotonic())
+            except Exception:
+                log.exception("sweeping failed; it is tried again")
 
     def sweep(self, now: float) -> None:
         """Take back the places of those who left or fell asleep."""

@@ -119,3 +119,25 @@ def test_of_pictures_only_the_newest_is_sent_and_of_words_all():
     assert VIDEO_HEADER.unpack_from(picture)[4] == 49
     assert outbox.dropped == 49
     assert outbox.sent == 1
+
+
+def test_a_picture_that_comes_late_never_turns_time_back():
+    async def talk() -> list[int]:
+        sent: list[int] = []
+
+        async def send(message) -> None:
+            sent.append(VIDEO_HEADER.unpack_from(message)[4])
+
+        with ThreadPoolExecutor(1) as pool:
+            outbox = Outbox(send, pool, ("jpeg",), 30)
+            running = asyncio.create_task(outbox.run())
+            now = time.monotonic()
+            picture = lambda frame: Picture(torch.zeros(3, 8, 8), 1, frame, 0.0)  # noqa: E731
+            outbox.show([(now, picture(0)), (now + 0.1, picture(1))])
+            await asyncio.sleep(0.05)
+            outbox.show([(now + 0.05, picture(2))])
+            await asyncio.sleep(0.15)
+            running.cancel()
+        return sent
+
+    assert asyncio.run(talk()) == [0, 2]

@@ -49,7 +49,7 @@ def test_keys_reach_the_picture_under_the_version_that_was_answered(serve, clien
 
 
 def test_frames_come_at_the_stream_s_rate(serve, client, fake):
-    player = client(serve(fake(rate=40)))
+    player = client(serve(fake(rate=15)))
     player.hello()
     player.say("start")
     player.shot()
@@ -57,11 +57,11 @@ def test_frames_come_at_the_stream_s_rate(serve, client, fake):
     while time.monotonic() - start < 1.5:
         player.read()
     rate = (len(player.shots) - before) / (time.monotonic() - start)
-    assert 34 <= rate <= 42
+    assert 12 <= rate <= 16
 
 
 def test_chunks_of_several_frames_are_played_out_one_by_one(serve, client, fake):
-    player = client(serve(fake(rate=40, frames=8)))
+    player = client(serve(fake(rate=20, frames=8)))
     player.hello()
     player.say("start")
     times = []
@@ -69,7 +69,7 @@ def test_chunks_of_several_frames_are_played_out_one_by_one(serve, client, fake)
         player.shot()
         times.append(time.monotonic())
     gaps = [after - before for before, after in pairwise(times)]
-    assert max(gaps) < 0.12  # a chunk lasts 0.2 s
+    assert max(gaps) < 0.3  # a chunk lasts 0.4 s
     assert [shot.frame for shot in player.shots] == list(range(24))
 
 
@@ -195,19 +195,19 @@ def test_a_prompt_is_told_its_nearest_world(serve, client):
     assert status["nearest"] == {"world": "a brick corridor", "similarity": 0.25}
 
 
-def test_the_status_line_has_its_numbers(serve, client):
-    player = client(serve())
+def test_the_status_line_has_its_numbers(serve, client, fake):
+    player = client(serve(fake(rate=20)))
     player.hello()
     player.say("start")
     player.until("status")
     status = player.until("status")
-    assert 40 <= status["fps"] <= 55
+    assert 14 <= status["fps"] <= 22
     assert status["age_ms"] == 1.0
     assert status["running"] is True
-    assert status["step_ms"]["p50"] <= status["step_ms"]["p99"] < 50
+    assert status["step_ms"]["p50"] <= status["step_ms"]["p99"] < 500
     assert status["memory_mb"] > 10
     assert status["sessions"] == 1
-    assert status["frame"] > 40
+    assert status["frame"] > 15
 
 
 def test_sessions_advance_together_and_each_draws_what_it_would_alone(serve, client, fake):

@@ -41,6 +41,7 @@ def test_a_port_in_use_is_named_with_the_way_out(capsys):
         (["--origin", "example.org"], "https://example.org"),
         (["--origin", "https://example.org/page"], "scheme and a host"),
         (["--model", "no-such-model", "--port", "0"], "no model 'no-such-model'"),
+        (["--recipe", "no_such_recipe", "--port", "0"], "no_such_recipe"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(capsys, words, message):
