@@ -79,12 +79,11 @@ def tile_grid(
 
 
 def best_tile(grid: Sequence[int], slots: int = 128) -> tuple[int, ...]:
-    """The tile of at most `slots` tokens that wastes least padding; among equals, the one nearest to a cube."""
+    """The tile of at most `slots` tokens that wastes little padding and is near to a cube; 8 % against each doubling."""
 
-    def cost(tile: tuple[int, ...]) -> tuple[float, float]:
+    def cost(tile: tuple[int, ...]) -> float:
         blocks = math.prod(-(-n // t) for n, t in zip(grid, tile))
-        waste = round(blocks * slots / math.prod(grid), 1)  # a tenth more padding is worth a better shape
-        return waste, max(tile) / min(tile)
+        return blocks * slots / math.prod(grid) * (1 + 0.08 * math.log2(max(tile) / min(tile)))
 
     if math.prod(grid) <= slots:
         return tuple(grid)
