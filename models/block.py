@@ -60,6 +60,7 @@ class Attention(nn.Module):
             self.add_k_proj, self.add_v_proj = (nn.Linear(added_kv_proj_dim, dim) for _ in range(2))
             self.norm_added_k = nn.RMSNorm(dim, eps=eps)
         self._fused: Fused | None = None
+        self._places: list[int] = []
 
     def query(self, x: Tensor) -> Tensor:
         return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
@@ -98,20 +99,22 @@ class Attention(nn.Module):
 
     def fuse(self) -> None:
         """Lay the weights of q, k and v side by side, so that one product makes all three. Names and values stay."""
-        if self._is_fused():
-            return
         linears = self.to_q, self.to_k, self.to_v
         if not all(type(linear) is nn.Linear for linear in linears):
             return  # adapters and quantised layers do more than a product
         with torch.no_grad():
             self._fused = Fused(
-                torch.cat([linear.weight for linear in linears]),
+                inputs_first(torch.cat([linear.weight for linear in linears])),
                 torch.cat([linear.bias for linear in linears]),
                 torch.stack([self.norm_q.weight, self.norm_k.weight]),
             )
         for linear, weight, bias in zip(linears, self._fused.weight.chunk(3), self._fused.bias.chunk(3)):
             linear.weight.data, linear.bias.data = weight, bias
         self.norm_q.weight.data, self.norm_k.weight.data = self._fused.norm.unbind()
+        self._places = self._weights_lie_at()
+
+    def _weights_lie_at(self) -> list[int]:
+        return [linear.weight.data_ptr() for linear in (self.to_q, self.to_k, self.to_v)]
 
     def _is_fused(self) -> bool:
         """Are the weights still those that `fuse` laid out, and does nothing but a product stand between?"""
@@ -119,9 +122,8 @@ class Attention(nn.Module):
             return False
         if torch.compiler.is_compiling():  # which cannot see addresses
             return True
-        linears = self.to_q, self.to_k, self.to_v
-        places = zip(linears, self._fused.weight.chunk(3))
-        return all(type(linear) is nn.Linear and linear.weight.data_ptr() == part.data_ptr() for linear, part in places)
+        plain = type(self.to_q) is type(self.to_k) is type(self.to_v) is nn.Linear
+        return plain and self._weights_lie_at() == self._places
 
 
 class Block(nn.Module):
@@ -158,6 +160,13 @@ class Block(nn.Module):
             x = x + self.cross_attention(self.norm2(x.float()).type_as(x), text)
         return gated(x, self.ffn(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
 
+    def lay_out_weights(self) -> None:
+        """Put the weights into the layout that a stream on this device is fastest with; see `inputs_first`."""
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.weight.data = inputs_first(module.weight.data)
+        self.attn1.fuse()
+
     def six(self, modulation: Tensor) -> Six:
         """Shift, scale and gate of both halves, from a timestep's `modulation` [B, G, 6, D]."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + modulation.float()).unbind(2)
@@ -191,6 +200,17 @@ class Block(nn.Module):
         )
         out = prompt + image[0] if image else prompt
         return self.attn2.out(out.reshape(q.shape))
+
+
+def inputs_first(weight: Tensor) -> Tensor:
+    """The same weight [out, in], on a CPU stored so that neighbours in memory belong to one input.
+
+    A product with few rows spends most of its time on fetching and packing weights. MKL takes this layout as it is:
+    with weights that are not in the cache, 28 layers of four products with 48 rows took 15 ms instead of 23.
+    """
+    if weight.device.type != "cpu" or weight.stride(0) == 1:
+        return weight
+    return weight.t().contiguous().t()
 
 
 def in_one_kernel(x: Tensor) -> bool:

@@ -229,10 +229,11 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
             for given, head, step in zip(modulation.unbind(), heads.unbind(), blocks.unbind())
         ]
 
-    def fuse_projections(self) -> None:
-        """Make streams faster: q, k and v of every block in one product. Weights keep their names and values."""
+    def lay_out_weights(self) -> None:
+        """Make streams faster on the device where the weights are: q, k and v of a block in one piece of memory, so
+        that one product makes all three, and the layout that products are fastest with. Names and values stay."""
         for block in cast("Sequence[Block]", self.blocks):
-            block.attn1.fuse()
+            block.lay_out_weights()
 
     def embed(self, hidden_states: Tensor) -> Tensor:
         """Latents as tokens [B, L, D]."""

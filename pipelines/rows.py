@@ -25,7 +25,7 @@ class RowArena:
 
     def __init__(self, make_cache: Callable[[int], KVCache], transformer: CausalTransformer3DModel) -> None:
         self.make_cache, self.transformer = make_cache, transformer
-        transformer.fuse_projections()
+        transformer.lay_out_weights()
         self.cache = make_cache(1)
         self.text: list[tuple[Tensor, ...]] = []
         self.silence: TextKeys | None = None  # keys of the empty prompt, once they are needed

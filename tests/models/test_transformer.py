@@ -258,7 +258,9 @@ def test_fused_projections_change_rounding_alone_and_no_weight(rows, tmp_path):
     given = inputs(SMALL, batch=rows) | {"timestep": torch.full((rows,), 300.0), "actions": torch.randn(rows, 4, 3)}
     before = {name: (value, value.clone()) for name, value in transformer.named_parameters()}
     expected = transformer(**given, window=Window(3)).sample
-    transformer.fuse_projections()
+    transformer.lay_out_weights()
+    transformer.lay_out_weights()  # once more changes nothing
+    assert all(block.attn1._is_fused() for block in transformer.blocks)
     fused = transformer(**given, window=Window(3)).sample
     torch.testing.assert_close(fused, expected, atol=1e-5, rtol=1e-5)
     for name, value in transformer.named_parameters():
@@ -274,7 +276,7 @@ def test_fused_projections_change_rounding_alone_and_no_weight(rows, tmp_path):
 def test_weights_that_change_after_fusing_are_the_ones_in_use(change):
     transformer, fresh = model(), model()
     given = inputs(SMALL) | {"timestep": torch.ones(2)}
-    transformer.fuse_projections()
+    transformer.lay_out_weights()
     expected = transformer(**given).sample
     linear = transformer.blocks[1].attn1.to_k
     if change == "in place":
@@ -308,7 +310,7 @@ def test_weights_that_change_after_fusing_are_the_ones_in_use(change):
 
 def test_fused_weights_learn():
     transformer, fresh = model(), model()
-    transformer.fuse_projections()
+    transformer.lay_out_weights()
     given = inputs(SMALL) | {"timestep": torch.ones(2)}
     for one in (transformer, fresh):
         optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
@@ -335,7 +337,7 @@ def test_conditions_of_many_timesteps_are_those_of_each():
 def test_remembering_writes_what_a_pass_writes(fused):
     transformer, window = model(action_dim=3, cross_attention_layers=(0,)), Window(4, sinks=1)
     if fused:
-        transformer.fuse_projections()
+        transformer.lay_out_weights()
     caches = [cache_for(transformer, window, 2) for _ in range(2)]
     text = transformer.embed_text(inputs(SMALL)["encoder_hidden_states"])
     for frame in range(6):
