@@ -96,29 +96,31 @@ def _scan_kernel(
     inclusive: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """kept[group]: the state before a group's sums are added, or after. `kept` may be `sums` where groups are parts."""
+    """kept[group]: the state before a group's sums are added (groups are parts then), or after."""
     row_head = tl.program_id(0).to(tl.int64)
     row, head = row_head // heads, row_head % heads
     at = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = at < D * E
     now = tl.load(state + row_head * (D * E) + at, mask=inside, other=0.0)
-    for group in range(groups):
-        added = tl.zeros((tile,), tl.float32)
-        for part in range(per_group):
-            place = (row_head * groups + group) * per_group + part
-            added += tl.load(sums + place * (D * E) + at, mask=inside, other=0.0)
-        to = kept + (row_head * groups + group) * (D * E) + at
+    sums += row_head * groups * per_group * (D * E) + at
+    kept += row_head * groups * (D * E) + at
+    # One loop over all parts, so that the loads of the next ones are under way while one is added.
+    for part in tl.range(0, groups * per_group, num_stages=4):
+        wide = row_head * 0 + part  # int64, which the loop's own counter is not
+        added = tl.load(sums + wide * (D * E), mask=inside, other=0.0)
+        group, place = wide // per_group, wide % per_group
         if not inclusive:
-            tl.store(to, now, mask=inside)
+            tl.store(kept + group * (D * E), now.to(kept.dtype.element_ty), mask=inside)
         if gates == 1:
-            now *= tl.exp(tl.load(steps + (row * groups + group) * heads + head))
+            left = tl.exp(tl.load(steps + (row * groups + group) * heads + head))
+            now *= tl.where(place == 0, left, 1.0)
         elif gates == 2:
-            now *= tl.exp(
-                tl.load(steps + ((row * groups + group) * heads + head) * D + at // E, mask=inside, other=0.0)
-            )
+            step = steps + ((row * groups + group) * heads + head) * D + at // E
+            now *= tl.where(place == 0, tl.exp(tl.load(step, mask=inside, other=0.0)), 1.0)
         now += added
         if inclusive:
-            tl.store(to, now, mask=inside)
+            whole = inside & (at * 0 + place == per_group - 1)
+            tl.store(kept + group * (D * E), now.to(kept.dtype.element_ty), mask=whole)
     tl.store(last + row_head * (D * E) + at, now, mask=inside)
 
 
@@ -184,10 +186,12 @@ def linear_attention_triton(
             passed = steps.unflatten(1, (groups, span)).cumsum(2)
             steps = passed[:, :, -1].contiguous()
     tile_d, tile_e = (min(64, max(16, triton.next_power_of_2(n))) for n in (D, E))
-    precise = "ieee" if q.dtype == torch.float32 else "tf32"
+    precise = "tf32x3" if q.dtype == torch.float32 else "tf32"  # in three parts float32 keeps its precision
     state = state.contiguous()
     sums = q.new_empty((rows, heads, parts, D, E), dtype=torch.float32)
-    kept = sums if per_group == 1 else q.new_empty((rows, heads, groups, D, E), dtype=torch.float32)
+    # bfloat16 products round the states they read anyway.
+    kept_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    kept = q.new_empty((rows, heads, groups, D, E), dtype=kept_dtype)
     last = torch.empty_like(state)
     out = q.new_empty((rows, length, heads, E), dtype=dtype)
     q_strides, k_strides, v_strides = q.stride()[:3], k.stride()[:3], v.stride()
