@@ -79,14 +79,14 @@ def mount_page(app: fastapi.FastAPI, settings: PageSettings) -> fastapi.FastAPI:
 def _server_functions(settings: PageSettings) -> list[Any]:
     """What the page's script may call in Python, each with the one argument that Gradio passes on."""
 
+    served = [settings.model, settings.recipe, settings.preset]
+
     def models(_: object) -> dict[str, Any]:
         """What the picker offers, and what is served now."""
         return {
-            "model": settings.model,
+            **dict(zip(("model", "recipe", "preset"), served)),
             "models": list(settings.models),
-            "recipe": settings.recipe,
             "recipes": list(settings.recipes),
-            "preset": settings.preset,
             "presets": list(settings.presets),
             "can_load": settings.load is not None,
         }
@@ -108,6 +108,7 @@ def _server_functions(settings: PageSettings) -> list[Any]:
             settings.load(model, recipe, preset)
         except (ValueError, OSError, ImportError) as error:
             return {"error": str(error)}
+        served[:] = model, recipe, preset
         return {"model": model}
 
     return [models, plan, load]

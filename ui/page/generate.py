@@ -39,15 +39,16 @@ def add_generate(gr: Any, settings: PageSettings) -> None:
                 )
                 told = gr.HTML(elem_id="ms-clip-told", apply_default_css=False)
                 download = gr.DownloadButton("Download", interactive=False, elem_id="ms-clip-download")
+        stopped: set[str] = set()
         drawing = go.click(
-            _drawer(gr, settings),
+            _drawer(gr, settings, stopped),
             inputs,
             [clip, told, download],
             concurrency_limit=1,
             show_progress_on=clip,
             api_name="generate",
         )
-        stop.click(None, cancels=[drawing], api_visibility="private")
+        stop.click(_stopper(gr, stopped), cancels=[drawing], queue=False, api_visibility="private")
 
 
 def _inputs(gr: Any) -> list[Any]:
@@ -76,7 +77,24 @@ def _inputs(gr: Any) -> list[Any]:
     return [prompt, upload, strength, keys, frames, seed, steps, guidance]
 
 
-def _drawer(gr: Any, settings: PageSettings) -> Any:
+class Stopped(ValueError):
+    """The user asked for the clip no longer. Gradio only stops waiting for it; this ends the drawing, too."""
+
+
+def _stopper(gr: Any, stopped: set[str]) -> Any:
+    def stop(request: Any) -> None:
+        stopped.add(request.session_hash)
+
+    return _asking(gr, stop)
+
+
+def _asking(gr: Any, function: Any) -> Any:
+    """Gradio finds by the annotation, which needs Gradio, that `request` is who asks."""
+    function.__annotations__["request"] = gr.Request
+    return function
+
+
+def _drawer(gr: Any, settings: PageSettings, stopped: set[str]) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="millstream-clips-"))
     pipeline = settings.pipeline
     assert pipeline is not None, "the form is only built with a pipeline"
@@ -90,12 +108,19 @@ def _drawer(gr: Any, settings: PageSettings) -> Any:
         seed: float,
         steps: float,
         guidance: float,
+        request: Any,
         progress: Any = gr.Progress(),  # noqa: B008  (how Gradio is asked for one)
     ) -> tuple[str, str, Any]:
+        def report(done: int, total: int) -> None:
+            if request.session_hash in stopped:
+                raise Stopped("it was stopped")
+            progress((done, total), desc="drawing", unit="frames")
+
         pipe = pipeline()
+        stopped.discard(request.session_hash)
         output = folder / f"millstream-{uuid.uuid4().hex[:12]}.mp4"
         try:
-            request = ClipRequest(
+            wanted = ClipRequest(
                 prompt=prompt,
                 num_frames=int(frames),
                 seed=int(seed),
@@ -106,11 +131,7 @@ def _drawer(gr: Any, settings: PageSettings) -> Any:
                 strength=float(strength),
             )
             drawn, seconds = make_clip(
-                pipe,
-                request,
-                output,
-                most=max(1, int(settings.clip_seconds * pipe.rate)),
-                progress=lambda done, total: progress((done, total), desc="drawing", unit="frames"),
+                pipe, wanted, output, most=max(1, int(settings.clip_seconds * pipe.rate)), progress=report
             )
         except (ValueError, TypeError, OSError) as error:
             raise gr.Error(f"{error}", title="This clip can't be drawn", print_exception=False) from error
@@ -118,4 +139,4 @@ def _drawer(gr: Any, settings: PageSettings) -> Any:
         told = f"{drawn} frames, {drawn / pipe.rate:.1f} s, drawn at {drawn / seconds:.1f} frames/s"
         return str(output), f"<p>{told}</p>", gr.DownloadButton(value=str(output), interactive=True)
 
-    return draw
+    return _asking(gr, draw)

@@ -44,6 +44,20 @@ def test_the_camera_goes_round_through_the_model(camera: Any, wait: Any) -> None
     assert camera.page.evaluate("document.querySelector('.before').style.clipPath") == "inset(0px 50% 0px 0px)"
 
 
+def test_a_single_step_answers_one_camera_picture(camera: Any, server: Any, wait: Any) -> None:
+    camera.page.click(".cover-button")
+    wait(lambda: "applied" in camera.status)
+    camera.page.click(".run:text('Pause')")
+    wait(lambda: camera.status.strip() == "Paused")
+    camera.page.wait_for_timeout(300)
+    (seat,) = (seat for seat in server.sessions.seats if seat.viewer is not None)
+    frame = seat.frame
+    camera.page.click("text='Step'")
+    wait(lambda: seat.frame == frame + 1)
+    camera.page.wait_for_timeout(300)
+    assert seat.frame == frame + 1
+
+
 def test_strength_reaches_the_model(camera: Any, world: Any, wait: Any) -> None:
     camera.page.click(".cover-button")
     camera.page.fill(".strength", "0.25")
@@ -135,6 +149,23 @@ def test_generate_draws_a_clip_to_download(view: Any, wait: Any, tmp_path: Path)
     frames = list(VideoFile(path))
     assert len(frames) == 12
     assert frames[0][0, -20:].mean() > 0.8
+
+
+def test_generate_stops_when_told(view: Any, world: Any, wait: Any) -> None:
+    view.page.click("#tab-generate")
+    view.page.fill("#ms-clip-prompt textarea", "a dark maze with red walls")
+    view.page.fill("#ms-clip-frames input", "1500")
+    world.slow = 0.02
+    try:
+        drawn = len(world.controls)
+        view.page.click("#ms-draw")
+        wait(lambda: len(world.controls) > drawn + 10)
+        view.page.click("#ms-draw-stop")
+        wait(lambda: len(world.controls) == (view.page.wait_for_timeout(300), len(world.controls))[1])
+        assert len(world.controls) < drawn + 1000
+    finally:
+        world.slow = 0.0
+    view.complaints.clear()  # Gradio may say that the clip has ended
 
 
 def test_generate_says_why_it_can_not(view: Any, wait: Any) -> None:

@@ -178,6 +178,7 @@ def test_only_what_was_offered_is_looked_at_or_loaded() -> None:
     assert loaded == []
     assert load(["freedoom", "", "fast"]) == {"model": "freedoom"}
     assert loaded == [("freedoom", "", "fast")]
+    assert models(None)["preset"] == "fast"
 
 
 def test_a_load_that_fails_is_told_in_its_own_words() -> None:

@@ -59,7 +59,7 @@ class Page {
       if (live.mode === "camera") this.camera.arrived(detail.time);
     });
     live.addEventListener("welcome", ({ detail }) => this.welcomed(detail));
-    live.addEventListener("state", () => this.restartIfNew());
+    live.addEventListener("state", ({ detail }) => this.stateChanged(detail));
     live.addEventListener("changed", () => this.render());
     live.addEventListener("status", () => this.showStatus());
     live.addEventListener("notice", ({ detail }) => this.showNotice(detail));
@@ -101,7 +101,8 @@ class Page {
   async openSource(open) {
     try {
       await open();
-      if (!this.live.running) await this.live.order("start");
+      if (this.view !== "camera") this.camera.release(); // the user has left while the browser asked
+      else if (!this.live.running) await this.live.order("start");
     } catch (error) {
       this.live.notice(error.message, "bad");
     }
@@ -157,9 +158,9 @@ class Page {
     this.render();
   }
 
-  restartIfNew() {
-    if (this.live.state.name === "ended") this.hasPicture = false;
-    if (this.live.state.name !== "open") this.keys.releaseAll();
+  stateChanged({ name }) {
+    if (name === "ended") this.hasPicture = false;
+    if (name !== "open") this.keys.releaseAll();
   }
 
   ageOf(frame, now) {
@@ -226,6 +227,10 @@ class Page {
     }
     if (!live.running) {
       line.textContent = this.hasPicture ? "Paused" : "Ready";
+      return;
+    }
+    if (!this.hasPicture) {
+      line.textContent = "Waiting for the first picture";
       return;
     }
     const parts = [`${screen.rate.toFixed(1)} fps`];
