@@ -35,6 +35,10 @@ class Place(NamedTuple):
     def elements(self) -> int:
         return self.channels * self.kept * self.height * self.width
 
+    def widest(self, step: int) -> int:
+        """Elements of its input, with what is kept, for `step` latent frames."""
+        return self.elements // self.kept * (self.kept + self.frames * step)
+
 
 class CodecState:
     """Everything a running encoder or decoder remembers.
@@ -106,6 +110,11 @@ class StreamCodec:
         """What every layer keeps for a stream of `height` x `width` pixels."""
         raise NotImplementedError
 
+    def memory(self, height: int, width: int) -> tuple[int, int]:
+        """Bytes of a stream's state, and of the scratch that all streams share."""
+        places, size = self.places(height, width).values(), self.vae.dtype.itemsize
+        return size * sum(place.elements for place in places), size * max(place.widest(self.step) for place in places)
+
     def begin(self, height: int, width: int, batch: int = 1) -> CodecState:
         """An empty state for streams of `height` x `width` pixels, on the device of the weights.
 
@@ -117,9 +126,7 @@ class StreamCodec:
         places = self.places(height, width)
         weight = self.vae.post_quant_conv.weight
         self.mean, self.std = self.mean.to(weight), self.std.to(weight)
-        widest = max(
-            place.elements // place.kept * (place.kept + place.frames * self.step) for place in places.values()
-        )
+        widest = max(place.widest(self.step) for place in places.values())
         if self._scratch.numel() < batch * widest or (self._scratch.device, self._scratch.dtype) != (
             weight.device,
             weight.dtype,

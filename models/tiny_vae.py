@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .stream_codec import PICTURES_PER_LATENT, CodecState
+from .stream_codec import PICTURES_PER_LATENT, CodecState, Place
 
 
 class SoftClamp(nn.Module):
@@ -27,6 +27,7 @@ class MemoryBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.conv = nn.Sequential(
             nn.Conv2d(2 * channels, channels, 3, padding=1),
             nn.ReLU(inplace=True),
@@ -91,14 +92,28 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         """
         if height % self.pixels or width % self.pixels or min(height, width) < 1:
             raise ValueError(f"height and width must be multiples of {self.pixels} pixels, got {height} x {width}")
-        h, w, buffers = height // self.pixels, width // self.pixels, {}
+        places = self.places(height, width)
+        shapes = {name: (batch, place.channels, place.height, place.width) for name, place in places.items()}
+        return CodecState(
+            {name: torch.zeros(shape, device=self.device, dtype=self.dtype) for name, shape in shapes.items()}
+        )
+
+    def places(self, height: int, width: int) -> dict[str, Place]:
+        """What every layer keeps for a stream of `height` x `width` pixels."""
+        h, w, frames, places = height // self.pixels, width // self.pixels, 1, {}
         for index, layer in enumerate(self.decoder):
             if isinstance(layer, MemoryBlock):
-                channels = layer.conv[-1].out_channels
-                buffers[f"decoder.{index}"] = torch.zeros((batch, channels, h, w), device=self.device, dtype=self.dtype)  # pyright: ignore
+                places[f"decoder.{index}"] = Place(layer.channels, 1, h, w, frames)
             elif isinstance(layer, nn.Upsample):
                 h, w = 2 * h, 2 * w
-        return CodecState(buffers)
+            elif isinstance(layer, Grow):
+                frames *= layer.times
+        return places
+
+    def memory(self, height: int, width: int) -> tuple[int, int]:
+        """Bytes of a stream's state, and of the widest layer's input for one latent frame."""
+        places, size = self.places(height, width).values(), self.dtype.itemsize
+        return size * sum(place.elements for place in places), size * max(place.widest(1) for place in places)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, state: CodecState) -> Tensor:

@@ -98,6 +98,7 @@ class VideoPipeline(VideoStreamer):
         recipe: Recipe | str | None = None,
         decoder: str | Path | None = None,
         torch_dtype: torch.dtype | None = None,
+        headers_only: bool = False,
         **settings: Any,
     ) -> Self:
         """Load a folder or a repository in diffusers' layout, and weights of any dialect in place of its transformer.
@@ -109,6 +110,7 @@ class VideoPipeline(VideoStreamer):
             recipe: how they are run; needed unless the folder was saved by this class.
             decoder: TAEHV weights (`taew2_1.pth`), or a folder of a `TinyVideoDecoder`, to decode with.
             torch_dtype: of the weights.
+            headers_only: check everything and read no weights: a pipeline on the meta device, for `memory`.
             settings: `size`, `rate`, `text_length`: see the class.
 
         Raises:
@@ -121,6 +123,7 @@ class VideoPipeline(VideoStreamer):
             recipe=recipe,
             decoder=decoder,
             torch_dtype=torch_dtype,
+            headers_only=headers_only,
         )
         return cls(**found | settings)
 

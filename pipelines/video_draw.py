@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,22 +60,29 @@ class VideoDrawer(PromptReader):
         pixels = self.vae.config["scale_factor_spatial"]
         return self.vae.config["z_dim"], self.size[0] // pixels, self.size[1] // pixels
 
+    @property
+    def codec(self) -> WanDecoder | TinyVideoDecoder:
+        """What decodes."""
+        return self._decoder
+
     def _make_cache(self, rows: int) -> KVCache:
-        model, config, recipe = self.transformer, self.transformer.config, self.recipe
+        return KVCache(**self.cache_shape(rows), device=self.transformer.device, dtype=self.transformer.dtype)
+
+    def cache_shape(self, rows: int) -> dict[str, Any]:
+        """Arguments of a `KVCache` with so many rows for pictures of the present size."""
+        config, recipe = self.transformer.config, self.recipe
         _, patch_h, patch_w = config["patch_size"]
         _, height, width = self.latent_size
-        return KVCache(
-            layers=config["num_layers"],
-            rows=rows,
-            heads=config["num_attention_heads"],
-            head_dim=config["attention_head_dim"],
-            tokens_per_frame=(height // patch_h) * (width // patch_w),
-            window=recipe.memory,
-            position=recipe.position,
-            spare=recipe.spare,
-            device=model.device,
-            dtype=model.dtype,
-        )
+        return {
+            "layers": config["num_layers"],
+            "rows": rows,
+            "heads": config["num_attention_heads"],
+            "head_dim": config["attention_head_dim"],
+            "tokens_per_frame": (height // patch_h) * (width // patch_w),
+            "window": recipe.memory,
+            "position": recipe.position,
+            "spare": recipe.spare,
+        }
 
     def draw(self, state: VideoState, given: Tensor | None, strength: float, version: int) -> list[Finished]:
         """Let a chunk begin, from noise or from `given` latents [C, F, h, w]; returns the chunks it finishes."""

@@ -46,6 +46,7 @@ def load_components(
     recipe: Recipe | str | None,
     decoder: str | Path | None,
     torch_dtype: torch.dtype | None,
+    headers_only: bool = False,
 ) -> dict[str, Any]:
     """The arguments of `VideoPipeline`; see its `from_pretrained`."""
     folder = local_folder(source, transformer=checkpoint is None)
@@ -54,33 +55,35 @@ def load_components(
         raise ValueError(f"{folder} does not say how its weights are run; give recipe=, one of {', '.join(RECIPES)}")
     chosen = find_recipe(saved["recipe"] if recipe is None else recipe)
     config = read_json(folder / "transformer" / "config.json")
-    transformer = load_transformer(
-        checkpoint or need(folder, "transformer"), config=config, lora=lora, torch_dtype=torch_dtype
-    )
-    vae = load_vae(need(folder, "vae"), torch_dtype=torch_dtype)
+    how: dict[str, Any] = {"torch_dtype": torch_dtype, "headers_only": headers_only}
+    transformer = load_transformer(checkpoint or need(folder, "transformer"), config=config, lora=lora, **how)
+    vae = load_vae(need(folder, "vae"), **how)
     reads = (folder / "text_encoder").is_dir()
     return {
         **{name: saved[name] for name in ("size", "rate", "text_length") if name in saved},
         "transformer": transformer,
         "vae": vae,
-        "text_encoder": load_text_encoder(folder / "text_encoder", torch_dtype=torch_dtype) if reads else None,
-        "tokenizer": AutoTokenizer.from_pretrained(need(folder, "tokenizer")) if reads else None,
+        "text_encoder": load_text_encoder(folder / "text_encoder", **how) if reads else None,
+        "tokenizer": AutoTokenizer.from_pretrained(need(folder, "tokenizer")) if reads and not headers_only else None,
         "recipe": chosen,
-        "decoder": _load_decoder(folder, decoder, torch_dtype),
+        "decoder": _load_decoder(folder, decoder, how),
     }
 
 
-def _load_decoder(folder: Path, given: str | Path | None, dtype: torch.dtype | None) -> TinyVideoDecoder | None:
+def _load_decoder(folder: Path, given: str | Path | None, how: dict[str, Any]) -> TinyVideoDecoder | None:
     if given is None:
         if not (folder / "decoder").is_dir():
             return None
         given = folder / "decoder"
-    return load_tiny_decoder(given, torch_dtype=dtype)
+    return load_tiny_decoder(given, **how)
 
 
-def load_tiny_decoder(source: str | Path, *, torch_dtype: torch.dtype | None = None) -> TinyVideoDecoder:
+def load_tiny_decoder(
+    source: str | Path, *, torch_dtype: torch.dtype | None = None, headers_only: bool = False
+) -> TinyVideoDecoder:
     """A tiny decoder from TAEHV's weights, or from a folder. Errors as of `load_transformer`."""
-    stored = {name: value for name, value in read_weights(source).items() if name.startswith("decoder.")}
+    stored = read_weights(source, headers_only=headers_only)
+    stored = {name: value for name, value in stored.items() if name.startswith("decoder.")}
     if "decoder.1.weight" not in stored or "decoder.22.weight" not in stored:
         raise ValueError(f"{source} holds no TAEHV decoder: decoder.1.weight and decoder.22.weight are not in it")
     widths = [

@@ -43,17 +43,18 @@ class Checkpoint:
     weights: dict[str, Tensor]
 
 
-def open_checkpoint(source: str | Path, *, ema: bool = True) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, ema: bool = True, headers_only: bool = False) -> Checkpoint:
     """Read the weights of a transformer, or an adapter for one, in whatever dialect they are.
 
     Args:
         source: a file, or a folder with one file or one index of shards.
         ema: take the averaged weights where there are two sets, as the published code does.
+        headers_only: shapes alone, on the meta device.
 
     Raises:
         FileNotFoundError, ValueError: as `files.read_weights`; ValueError too where no transformer is recognised.
     """
-    return recognised(read_weights(source), source, ema=ema)
+    return recognised(read_weights(source, headers_only=headers_only), source, ema=ema)
 
 
 def recognised(stored: Mapping[str, Any], source: str | Path, *, ema: bool = True) -> Checkpoint:

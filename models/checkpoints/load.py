@@ -35,6 +35,7 @@ def load_transformer(
     lora_scale: float = 1.0,
     ema: bool = True,
     torch_dtype: torch.dtype | None = None,
+    headers_only: bool = False,
 ) -> CausalTransformer3DModel:
     """A transformer from weights in any dialect.
 
@@ -46,12 +47,13 @@ def load_transformer(
         lora_scale: its strength.
         ema: take averaged weights where there are both.
         torch_dtype: of the weights; as stored by default. Norms, modulation and the time embedding stay in float32.
+        headers_only: the same checks, and a model on the meta device; no weights are read.
 
     Raises:
         FileNotFoundError: there are no such files.
         ValueError: damaged, unsafe or foreign files; weights that do not fit, with what is missing and unexpected.
     """
-    checkpoint = open_checkpoint(source, ema=ema)
+    checkpoint = open_checkpoint(source, ema=ema, headers_only=headers_only)
     if checkpoint.dialect == "lora":
         raise ValueError(f"{source} is an adapter, not a model; give it as lora=, and the model it was made for here")
     weights = {name: value for name, value in checkpoint.weights.items() if not set(name.split(".")) & IGNORED}
@@ -60,21 +62,23 @@ def load_transformer(
         model: Any = CausalTransformer3DModel.from_config(dict(settings))
     fill(model, weights, source, torch_dtype)
     if lora is not None:
-        adapter = open_checkpoint(lora)
+        adapter = open_checkpoint(lora, headers_only=headers_only)
         if adapter.dialect != "lora":
             raise ValueError(f"{lora} is a whole model ({adapter.dialect}), no adapter; give it as the model itself")
         merge_lora(model, adapter.weights, scale=lora_scale)
     return model.eval()
 
 
-def load_vae(source: str | Path, *, torch_dtype: torch.dtype | None = None) -> AutoencoderKLWan:
+def load_vae(
+    source: str | Path, *, torch_dtype: torch.dtype | None = None, headers_only: bool = False
+) -> AutoencoderKLWan:
     """Wan's autoencoder from diffusers' folder, or Wan 2.1's from its original file.
 
     Raises:
         FileNotFoundError, ValueError: as `load_transformer`; ValueError too where the statistics of the latents are not
             given, since pictures would come out as snow.
     """
-    stored = {unwrapped(name): value for name, value in _flat(read_weights(source)).items()}
+    stored = {unwrapped(name): value for name, value in _flat(read_weights(source, headers_only=headers_only)).items()}
     config = _json_beside(Path(source))
     if "decoder.conv_in.weight" in stored:
         if config is None or not {"latents_mean", "latents_std"} <= config.keys():
@@ -101,13 +105,15 @@ def load_vae(source: str | Path, *, torch_dtype: torch.dtype | None = None) -> A
     return vae.eval()
 
 
-def load_text_encoder(source: str | Path, *, torch_dtype: torch.dtype | None = None) -> UMT5EncoderModel:
+def load_text_encoder(
+    source: str | Path, *, torch_dtype: torch.dtype | None = None, headers_only: bool = False
+) -> UMT5EncoderModel:
     """umT5's encoder from a transformers folder, or from the original file that comes with Wan.
 
     Raises:
         FileNotFoundError, ValueError: as `load_transformer`.
     """
-    stored = _flat(read_weights(source))
+    stored = _flat(read_weights(source, headers_only=headers_only))
     settings = _json_beside(Path(source))
     if "token_embedding.weight" in stored:
         weights = {text_encoder_name(name): value for name, value in stored.items()}

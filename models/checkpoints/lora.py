@@ -73,14 +73,17 @@ def merge_lora(model: nn.Module, adapter: Mapping[str, Tensor], *, scale: float 
             misfits.append(f"{layer} ({up.shape[0]} x {down.shape[1]})")
             continue
         rank = down.shape[0]
-        alpha = float(adapter[f"{layer}.alpha"]) if f"{layer}.alpha" in adapter else rank
-        changes[layer] = (module, down, up, scale * alpha / rank)
+        alpha = adapter.get(f"{layer}.alpha")
+        changes[layer] = (module, down, up, alpha, rank)
     if misfits:
         raise ValueError(
             f"the adapter belongs to another model: {len(misfits)} of its {len(layers)} layers are missing here or of "
             f"another size: {', '.join(misfits[:4])}"
         )
-    for module, down, up, strength in changes.values():
+    for module, down, up, alpha, rank in changes.values():
         weight = module.weight
+        if weight.is_meta:
+            continue
+        strength = scale * (1.0 if alpha is None else float(alpha) / rank)
         delta = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
         weight.copy_(weight.float().add_(delta, alpha=strength))
