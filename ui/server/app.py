@@ -99,7 +99,8 @@ def _add_routes(app: FastAPI, sessions: Sessions, pool: ThreadPoolExecutor) -> N
 
     async def recording(request: Request) -> Response:
         key = request.query_params.get("key") or request.cookies.get("millstream_session", "")
-        path = sessions.recordings.fetch(request.path_params["id"], key)
+        seat = sessions.find(key)  # a client may know its session by the name of a branch
+        path = sessions.recordings.fetch(request.path_params["id"], seat.secret if seat else key)
         if path is None:
             return PlainTextResponse("there is no such recording, or the key of its session is missing\n", 404)
         headers = {"cache-control": "private, no-store", "referrer-policy": "no-referrer"}

@@ -141,16 +141,15 @@ class Seat:
             self.due = max(due + seconds, now - seconds)  # late by up to one step's media is made up for
         viewer, recording = self.viewer, self.recording
         for chunk in chunks:
+            self.position = chunk.start / chunk.rate + duration([chunk])
             if recording is not None:
                 recording.write(chunk)
-            if chunk.kind == "audio":
-                if viewer is not None:
-                    viewer.hear(chunk)
+            if viewer is None:
                 continue
-            self.position = (chunk.start + len(chunk.data)) / chunk.rate
-            pictures = self._pictures(chunk, now)
-            if viewer is not None:
-                viewer.show(pictures)
+            if chunk.kind == "audio":
+                viewer.hear(chunk)
+            else:
+                viewer.show(self._pictures(chunk, now))
         if chunks and self.history.due(self.position):
             self._remember()
 

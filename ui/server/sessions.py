@@ -183,7 +183,7 @@ class Sessions:
 
     def _hand_over(self, seat: Seat) -> None:
         """Let other servers go on from exactly here. Called on the engine's thread."""
-        if self.vault is not None and seat in self.seats:
+        if self.vault is not None and seat in self.seats and not seat.history.too_large:
             self.vault.put(seat.save())
 
     # Going out.
@@ -250,7 +250,7 @@ class Sessions:
             del self._parked[secret]
         away = [seat for seat in self.seats if seat.viewer is None and now - seat.left > PARK_SECONDS]
         for seat in sorted(away, key=lambda seat: seat.left)[: len(self.waiting)]:
-            if seat not in self._parking:
+            if seat not in self._parking and not seat.history.too_large:
                 self._parking[seat] = asyncio.create_task(self._park(seat))
 
     async def _park(self, seat: Seat) -> None:

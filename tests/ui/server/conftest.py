@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 
 from millstream.streaming import Chunk, Session, VideoControl, WorldControl
 from millstream.ui.server.app import create_app
-from millstream.ui.server.protocol import VIDEO_HEADER
+from millstream.ui.server.protocol import AUDIO, VIDEO_HEADER
 from millstream.ui.server.settings import Settings
 
 
@@ -96,6 +96,20 @@ class FakeVideoPipeline(FakePipeline):
     control = VideoControl
 
 
+class FakeTalkie(FakePipeline):
+    """Draws a frame and speaks the sound that belongs to it, two channels at 8 kHz."""
+
+    def advance(self, states, controls, media):
+        spoken = []
+        for (picture,) in super().advance(states, controls, media):
+            count = int(8000 / self.rate)
+            sound = torch.stack([torch.full((count,), 0.5), torch.full((count,), -2.0)])
+            spoken.append(
+                [picture, Chunk("audio", sound, picture.start * count, 8000.0, picture.version, picture.time)]
+            )
+        return spoken
+
+
 @dataclass
 class Running:
     """A server in a thread of this process."""
@@ -144,6 +158,7 @@ class Client:
         self.ids = 0
         self.heard: list[dict] = []
         self.shots: list[Shot] = []
+        self.sounds: list[bytes] = []
 
     def say(self, type: str, **fields) -> None:
         self.socket.send(json.dumps({"type": type, **fields}))
@@ -159,11 +174,14 @@ class Client:
         self.say(type, id=self.ids, **fields)
         return self.find(lambda message: message.get("id") == self.ids)
 
-    def read(self, timeout: float = 5.0) -> dict | Shot:
+    def read(self, timeout: float = 5.0) -> dict | Shot | bytes:
         raw = self.socket.recv(timeout)
         if isinstance(raw, str):
             self.heard.append(json.loads(raw))
             return self.heard[-1]
+        if raw[0] == AUDIO:
+            self.sounds.append(raw)
+            return self.sounds[-1]
         _, format, _, version, frame, when = VIDEO_HEADER.unpack_from(raw)
         shot = Shot(format, version, frame, when, raw[VIDEO_HEADER.size :])
         self.shots.append(shot)
@@ -220,6 +238,11 @@ def fake() -> type[FakePipeline]:
 @pytest.fixture
 def fake_video() -> type[FakeVideoPipeline]:
     return FakeVideoPipeline
+
+
+@pytest.fixture
+def fake_talkie() -> type[FakeTalkie]:
+    return FakeTalkie
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from itertools import pairwise
 
 import pytest
+
+from millstream.ui.server.protocol import AUDIO_HEADER
 
 
 def test_a_player_is_welcomed_with_everything_the_page_needs(serve, client):
@@ -221,6 +224,21 @@ def test_sessions_advance_together_and_each_draws_what_it_would_alone(serve, cli
         player.shot(lambda shot: shot.frame >= 20)
     assert running.pipe.batches[-10:] == [4] * 10
     assert running.pipe.threads == {"millstream-engine"}
+
+
+def test_sound_comes_whole_and_in_order_while_pictures_may_drop(serve, client, fake_talkie):
+    player = client(serve(fake_talkie(rate=50)), acks=False)
+    player.hello()
+    player.say("start")
+    while len(player.sounds) < 60:
+        player.read()
+    heads = [AUDIO_HEADER.unpack_from(sound) for sound in player.sounds]
+    assert [head[4] for head in heads] == [160 * number for number in range(len(heads))]
+    assert {(head[0], head[1], head[2], head[6]) for head in heads} == {(3, 0, 2, 8000)}
+    left_right = struct.unpack_from("<320h", player.sounds[0], AUDIO_HEADER.size)
+    assert set(left_right[::2]) == {16384}
+    assert set(left_right[1::2]) == {-32767}
+    assert len(player.shots) < 40, "who acknowledges nothing gets ten pictures a second"
 
 
 def test_a_session_that_fails_is_closed_with_a_reason_and_no_other_is(serve, client, eventually):

@@ -51,6 +51,16 @@ def test_a_recording_downloads_and_plays(serve, client, tmp_path):
     assert (part.status_code, len(part.content)) == (206, 100)
 
 
+def test_the_name_of_a_branch_opens_the_recording_too(serve, client):
+    running = serve()
+    player = client(running)
+    player.hello()
+    answer = record(player, 0.2)
+    branch = player.ask("branch")["resume"]
+    player.ask("switch", resume=branch)
+    assert httpx.get(running.http + answer["url"], params={"key": branch}).status_code == 200
+
+
 def test_a_recording_is_its_owner_s_alone(serve, client):
     running = serve()
     player, other = client(running), client(running)
