@@ -107,7 +107,7 @@ def test_the_embedded_world_redraws_a_picture(freedoom: Any, look: Any, wait: An
 def test_the_embedded_world_draws_a_clip(freedoom: Any, look: Any, wait: Any, portraits: Path) -> None:
     view = look(freedoom.url)
     view.page.click("#tab-generate")
-    view.page.fill("#ms-clip-prompt textarea", "a dark maze with red, blue and green walls")
+    view.page.fill("#ms-clip-prompt textarea", "a tan brick hall with pink worms and demons")
     view.page.fill("#ms-clip-frames input", "40" if PORTRAITS else "4")
     view.page.click("#ms-draw")
     wait(lambda: "frames, " in view.page.inner_text("#ms-clip-told"), 120)
