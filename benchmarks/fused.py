@@ -1,6 +1,6 @@
 """Fused ops and linear attention against PyTorch, compiled and not, at the sizes of Wan 1.3B and of the shipped world.
 
-    python benchmarks/fused.py [--out fused.json] [--seconds 55]
+    python benchmarks/fused.py [--ops elementwise] [--out fused.json] [--seconds 55]
 
 Prints one JSON object, and each number as it comes to stderr. Every time is the median of CUDA graph replays, per call,
 with inputs warm in the cache; every error is relative to float64. A variant that fails, or for which no time is left,
@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from millstream.kernels import linear_attend, rotary_angles
 from millstream.kernels.fused import operators, reference
+from millstream.kernels.fused.triton_linear import quantized_product_triton
 from millstream.kernels.linear_attention import reference as linear_reference
 
 CALLS = 20  # of one graph
@@ -34,8 +35,8 @@ WRONG = 0.06  # 8-bit products are within 0.04
 # name: rows, frames, tokens per frame, heads, head size, width of the feed-forward layer
 SIZES = {
     "wan 1.3B, 3 frames": (1, 3, 1560, 12, 128, 8960),
-    "wan 1.3B, 1 frame": (1, 1, 1560, 12, 128, 8960),
     "world, 1 frame": (1, 1, 48, 4, 64, 896),
+    "wan 1.3B, 1 frame": (1, 1, 1560, 12, 128, 8960),
     "world, 8 rows": (8, 1, 48, 4, 64, 896),
 }
 
@@ -87,7 +88,7 @@ def quantised(size: str, dtype: torch.dtype) -> Iterator[Case]:
         rows_of_x = operators.quantize_rows(x, dtype)
         constants = (weight, weight_scale, bias)
 
-        def triton(x: Tensor, *constants: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+        def chosen(x: Tensor, *constants: Tensor, dtype: torch.dtype = dtype) -> Tensor:
             return operators.quantized_product(*operators.quantize_rows(x, dtype), *constants, x.dtype)
 
         def mixed(x: Tensor, *constants: Tensor, dtype: torch.dtype = dtype, product=product) -> Tensor:
@@ -98,9 +99,9 @@ def quantised(size: str, dtype: torch.dtype) -> Iterator[Case]:
 
         variants = {
             "bfloat16": lambda x, *_, full=full, bias=bias: F.linear(x, full, bias),
-            "triton": triton,
+            "millstream": chosen,
             "triton quantise, torch product": mixed,
-            "triton product alone": lambda x, *c, q=rows_of_x: operators.quantized_product(*q, *c, x.dtype),
+            "triton product alone": lambda x, *c, q=rows_of_x: quantized_product_triton(*q, *c, x.dtype),
             "torch product alone": lambda x, *c, q=rows_of_x, product=product: product(*q, *c),
         }
         exact = F.linear(x.double(), full.double(), bias.double())
@@ -192,13 +193,14 @@ def builders() -> Iterator[tuple[str, str, Callable[[], Iterator[Case]]]]:
     """What to measure: an op, a size, and what makes its cases."""
     for size in SIZES:
         yield "elementwise", size, partial(elementwise, size)
+    for size in SIZES:
         yield "linear_attend", size, partial(linear_attention, size)
-    for size in list(SIZES)[:3]:
-        for dtype in (torch.float8_e4m3fn, torch.int8):
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        for size in list(SIZES)[:3]:
             yield f"linear {str(dtype)[6:]}", size, partial(quantised, size, dtype)
 
 
-def run_all(deadline: float) -> list[dict[str, Any]]:
+def run_all(deadline: float, ops: Sequence[str]) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
 
     def add(result: dict[str, Any]) -> None:
@@ -207,6 +209,8 @@ def run_all(deadline: float) -> list[dict[str, Any]]:
 
     waiting = []
     for op, size, build in builders():  # what is quick first, so that a slow compiler costs only its own numbers
+        if not any(name in op for name in ops):
+            continue
         try:
             for case in build():
                 for name, run in case.variants.items():
@@ -214,8 +218,7 @@ def run_all(deadline: float) -> list[dict[str, Any]]:
                 waiting += [(case, run) for run in case.compiled.values()]
         except Exception as error:  # nor must one op that can't be set up cost the others theirs
             add({"op": op, "size": size, "failed": f"{type(error).__name__}: {error}"[:300]})
-    important = ["wan 1.3B, 3 frames", "world, 1 frame"]
-    for case, run in sorted(waiting, key=lambda job: not any(job[0].size.startswith(name) for name in important)):
+    for case, run in waiting:
         add(report(case, "torch.compile", torch.compile(run, dynamic=False), deadline))
     return sorted(results, key=lambda result: (result["op"], result["size"]))
 
@@ -224,6 +227,9 @@ def run_all(deadline: float) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument(
+        "--ops", nargs="+", default=[""], help="elementwise, linear_attend, float8 or int8; all if left out"
+    )
     parser.add_argument("--seconds", type=float, default=55.0, help="start no variant after so many")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -231,7 +237,7 @@ def main() -> None:
     start = time.monotonic()
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # one function is compiled once per size
-    results = run_all(start + options.seconds)
+    results = run_all(start + options.seconds, options.ops)
     text = json.dumps(
         {
             "machine": {"gpu": torch.cuda.get_device_name(), "python": platform.python_version()},

@@ -102,9 +102,27 @@ def quantized_product(
 ) -> Tensor:
     if not runs_in(values.dtype, values):
         return reference.quantized_product_reference(values, scale, weight, weight_scale, bias, dtype)
+    if _suits_cutlass(values, weight, dtype):
+        bias = None if bias is None else bias.to(dtype)
+        return torch._scaled_mm(
+            values, weight.t(), scale, weight_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
     from .triton_linear import quantized_product_triton
 
     return quantized_product_triton(values, scale, weight, weight_scale, bias, dtype)
+
+
+def _suits_cutlass(values: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Is PyTorch's own float8 product the faster one? On an H100 from about a thousand rows (106 against 143 us at 4680
+    x 1536 x 8960); for 48 rows it takes half as long again as ours."""
+    return (
+        values.dtype == torch.float8_e4m3fn
+        and dtype == torch.bfloat16
+        and values.shape[0] >= 512
+        and values.shape[1] % 16 == weight.shape[0] % 16 == 0
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(values.device) >= (9, 0)
+    )
 
 
 @quantized_product.register_fake

@@ -67,8 +67,11 @@ def quantized_product_triton(
     values, weight = values.contiguous(), weight.contiguous()
     (rows, depth), columns = values.shape, weight.shape[0]
     out = values.new_empty((rows, columns), dtype=dtype)
-    large = rows * columns >= 132 * 128 * 128  # enough tiles of that size for every multiprocessor of an H100
-    tile_m, tile_n, tile_k, warps = (128, 128, 128, 8) if large else (64, 64, 64, 4)
+    # The largest tiles of which there are enough for every multiprocessor of an H100.
+    tiles = rows * columns // (132 * 128 * 128)
+    tile_m, tile_n, tile_k, warps = (
+        (128, 256, 128, 8) if tiles >= 4 else (128, 128, 128, 8) if tiles else (64, 64, 64, 4)
+    )
     with torch.cuda.device_of(values):  # Triton launches on the current device, wherever its tensors are
         _linear_kernel[(triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n),)](
             values, scale.contiguous(), weight, weight_scale.contiguous(), scale if bias is None else bias.contiguous(),

@@ -5,8 +5,8 @@ formed as well; in blocks of 32 tokens or more (frames) no score is formed at al
 Gates arrive summed from the start of each chunk, so only exponents of at most 0 are taken.
 """
 
-# Triton annotates what it turns into a constexpr, and strides are passed as tuples:
-# pyright: reportArgumentType=false, reportCallIssue=false
+# Triton annotates what it turns into a constexpr, and strides are passed as tuples; its range is not one to a checker:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
