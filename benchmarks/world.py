@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from world_ops import attention, decoder
 
 import millstream as ms
 from millstream.streaming import step_together
@@ -84,6 +84,7 @@ def plan(device: torch.device, frames: int) -> dict[str, Callable[[], dict[str, 
         "float32 graph, 16 sessions": partial(stream, device, sessions=16, frames=third),
         "parts float32": partial(parts, device),
         "attention": partial(attention, device),
+        "decoder": partial(decoder, device),
         "float32 eager": partial(stream, device, kind="eager", frames=min(frames, 100)),
         "float32 graph without warm-up": partial(stream, device, warm=False, frames=third),
         "bfloat16 graph, 4 sessions": partial(stream, device, dtype=bf16, sessions=4, frames=half),
@@ -215,44 +216,6 @@ def kernels(device: torch.device, *, dtype: torch.dtype = torch.float32) -> dict
         "busy_milliseconds_per_step": sum(spent for spent, _, _ in rows) / 1e3,
         "slowest": [f"{spent:.0f} us in {count:.0f} x {name[:90]}" for spent, count, name in rows[:24]],
     }
-
-
-def attention(device: torch.device) -> dict[str, Any]:
-    """Microseconds of one layer's attention (48 queries, 768 keys, 4 heads of 64), by backend, in a graph of 20."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    report = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows in (1, 4):
-            q = torch.randn(rows, 48, 4, 64, device=device, dtype=dtype).transpose(1, 2)
-            k, v = (torch.randn(rows, 768, 4, 64, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
-            for backend in ("EFFICIENT_ATTENTION", "MATH", "FLASH_ATTENTION", "CUDNN_ATTENTION"):
-                name = f"{str(dtype)[6:]} x {rows} {backend.lower()}"
-                try:
-                    with sdpa_kernel(getattr(SDPBackend, backend)):
-                        report[name] = graphed(partial(scaled_dot_product_attention, q, k, v))
-                except RuntimeError as error:
-                    report[name] = str(error).splitlines()[0][:80]
-    return report
-
-
-def graphed(call: Callable[[], Any], calls: int = 20) -> float:
-    """Microseconds per call."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / calls)
-    return statistics.median(times)
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:

@@ -22,7 +22,10 @@ class ResidualBlock(nn.Module):
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        if torch.is_grad_enabled():
+            return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))
+        return self.conv2(F.silu(self.norm2(y), inplace=True)).add_(x)
 
 
 class FrameAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
@@ -86,12 +89,25 @@ class FrameAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
 
     def encode_raw(self, pictures: Tensor) -> Tensor:
         """[N, 3, H, W] in [0, 1] to latents as the network makes them."""
-        return self.encoder((pictures * 2 - 1).contiguous(memory_format=torch.channels_last))
+        return self.encoder((pictures * 2 - 1).contiguous(memory_format=_layout(pictures)))
 
     def decode_raw(self, latents: Tensor) -> Tensor:
         """The inverse of `encode_raw`; not clamped."""
-        return self.decoder(latents.contiguous(memory_format=torch.channels_last)) / 2 + 0.5
+        return self.decoder(latents.contiguous(memory_format=_layout(latents))) / 2 + 0.5
+
+    def lay_out_weights(self) -> None:
+        """Store the weights in the layout that pictures have on the device where they are. Names and values stay."""
+        with torch.no_grad():
+            for weight in self.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=_layout(weight))
 
     @staticmethod
     def _channels(values: Tensor) -> Tensor:
         return values[:, None, None, None]
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Channels last, which convolutions like; but CUDA's group norm does not, and float32 is in no need of it there."""
+    drawn_in_float32 = x.is_cuda and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    return torch.contiguous_format if drawn_in_float32 else torch.channels_last

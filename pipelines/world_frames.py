@@ -46,6 +46,7 @@ class FrameDrawer(DiffusionPipeline):
     def arena(self) -> RowArena:
         """Memory of the running streams."""
         if self._arena is None:
+            self.codec.lay_out_weights()
             self._arena = RowArena(self._make_cache, self.transformer)
         return self._arena
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -47,6 +49,21 @@ def test_latents_are_normalised_and_decode_undoes_it(codec):
     latents = codec.encode(frames)
     torch.testing.assert_close(latents[0].movedim(1, 0), (raw - mean) / std)
     torch.testing.assert_close(codec.decode(latents)[0], codec.decode_raw(raw).clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_drawing_and_learning_compute_the_same(codec, tmp_path):
+    codec = copy.deepcopy(codec)
+    latents, frames = torch.randn(1, 4, 2, 2, 4), torch.rand(1, 2, 3, 16, 32)
+    learnt = codec.decode(latents), codec.encode(frames)
+    before = {name: value.clone() for name, value in codec.state_dict().items()}
+    codec.lay_out_weights()
+    with torch.no_grad():
+        for drawn, expected in zip((codec.decode(latents), codec.encode(frames)), learnt):
+            torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in codec.state_dict().items())
+    codec.save_pretrained(tmp_path)
+    loaded = FrameAutoencoder.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in before.items())
 
 
 @torch.no_grad()
