@@ -153,12 +153,12 @@ def _log_decay(q: Tensor, block: int, decay: Tensor | None, gate: Tensor | None,
     if decay is None and gate is None:
         return None
     blocks = (q.shape[0], q.shape[1] // block, q.shape[2])
-    g = q.new_zeros((*blocks, 1), dtype=dtype)
-    if gate is not None:
-        g = g + gate.to(dtype).reshape(*blocks, -1)
-    if decay is not None:
-        g = g + decay.to(q.device, dtype).log()[:, None]
-    return g.clamp_min(FORGOTTEN)
+    each = None if decay is None else decay.to(q.device, dtype).log()[:, None]
+    if gate is None:
+        assert each is not None, "one of them was given"
+        return each.clamp_min(FORGOTTEN).expand(*blocks, 1)
+    g = gate.to(dtype).reshape(*blocks, -1)
+    return (g if each is None else g + each).clamp_min(FORGOTTEN)
 
 
 def _additive(k: Tensor, norm: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
