@@ -46,6 +46,18 @@ def test_keys_steer_and_are_let_go(view: Any) -> None:
     view.until_colour(lambda red, green, blue: green < 60 and blue < 60)
 
 
+def test_a_click_takes_the_mouse_and_its_movement_turns(view: Any, world: Any, wait: Any) -> None:
+    view.start()
+    view.page.click(".stage")
+    wait(lambda: view.page.evaluate("document.pointerLockElement?.classList.contains('stage')"))
+    before = len(world.controls)
+    view.page.mouse.move(300, 300)
+    view.page.mouse.move(360, 310)
+    wait(lambda: sum(control.mouse[0] for control in world.controls[before:]) != 0)
+    view.page.evaluate("document.exitPointerLock()")
+    wait(lambda: not view.page.evaluate("Boolean(document.pointerLockElement)"))
+
+
 def test_a_window_that_loses_the_focus_lets_every_key_go(view: Any) -> None:
     view.start()
     view.page.keyboard.down("KeyW")
