@@ -111,8 +111,18 @@ def predict_flow(
 ) -> Tensor:
     """Flow [B, C, F, h, w], float32, of frames at the levels `sigma` [B, F], each under its own prompt."""
     keys = keys_per_frame(transformer, tokens, after)
+    # Softmax layers read the mask; linear layers, if the model has any, the window it was made from. Frames that do not
+    # stand in their order (with `positions`) are hidden from each other in ways that only a mask can say.
+    window = WINDOW if positions is None else None
     (flow,) = transformer(
-        noisy, sigma * 1000, actions=actions, text_keys=keys, mask=mask, positions=positions, return_dict=False
+        noisy,
+        sigma * 1000,
+        actions=actions,
+        text_keys=keys,
+        mask=mask,
+        window=window,
+        positions=positions,
+        return_dict=False,
     )
     return flow.float()
 
