@@ -29,8 +29,10 @@ from world_ops import attention, decoder
 import millstream as ms
 from millstream.streaming import step_together
 from millstream.streaming.graphs import Recordings
+from millstream.streaming.kv_chunk import KVChunk
 
 NEVER = 10**9
+COMPILING = 30  # seconds that a variant with torch.compile takes longer
 PROMPTS = ["a brick corridor with soldiers", "a green slime arena with medkits", "a grey stone maze on green slime"]
 WALK = [{"KeyW"}] * 20 + [{"KeyW", "ArrowLeft"}] * 5 + [{"ArrowRight"}] * 10 + [set()] * 5
 
@@ -46,10 +48,10 @@ def main() -> None:
     start = time.perf_counter()
     report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device), "variants": {}}
     for name, measure in plan(device, arguments.frames).items():
-        if time.perf_counter() - start > arguments.seconds:
+        began = time.perf_counter()
+        if began - start + (COMPILING if "compile" in name else 0) > arguments.seconds:
             report["variants"][name] = {"skipped": "no time left"}
             continue
-        began = time.perf_counter()
         try:
             report["variants"][name] = measure()
         except Exception as error:  # one broken variant must not cost the others their numbers
@@ -83,20 +85,19 @@ def plan(device: torch.device, frames: int) -> dict[str, Callable[[], dict[str, 
         "float32 graph, 4 sessions": partial(stream, device, sessions=4, frames=half),
         "float32 graph, 16 sessions": partial(stream, device, sessions=16, frames=third),
         "parts float32": partial(parts, device),
+        "float32 kernels": partial(kernels, device),
         "attention": partial(attention, device),
         "decoder": partial(decoder, device),
         "float32 eager": partial(stream, device, kind="eager", frames=min(frames, 100)),
         "float32 graph without warm-up": partial(stream, device, warm=False, frames=third),
+        "bfloat16 compile + graph": partial(stream, device, kind="compile", dtype=bf16, frames=third),
         "bfloat16 graph, 4 sessions": partial(stream, device, dtype=bf16, sessions=4, frames=half),
         "bfloat16 graph, 16 sessions": partial(stream, device, dtype=bf16, sessions=16, frames=third),
-        "bfloat16 graph, 5000 frames": partial(stream, device, dtype=bf16, frames=5000),
-        "parts bfloat16": partial(parts, device, dtype=bf16),
-        "float32 kernels": partial(kernels, device),
-        "bfloat16 kernels": partial(kernels, device, dtype=bf16),
-        "bfloat16 compile + graph": partial(stream, device, kind="compile", dtype=bf16, frames=third),
-        "float32 compile + graph": partial(stream, device, kind="compile", frames=third),
-        "bfloat16 eager": partial(stream, device, kind="eager", dtype=bf16, frames=min(frames, 100)),
         "float32 graph, 5000 frames": partial(stream, device, frames=5000),
+        "parts bfloat16": partial(parts, device, dtype=bf16),
+        "bfloat16 kernels": partial(kernels, device, dtype=bf16),
+        "bfloat16 eager": partial(stream, device, kind="eager", dtype=bf16, frames=min(frames, 100)),
+        "float32 compile + graph": partial(stream, device, kind="compile", frames=third),
     }
 
 
@@ -107,7 +108,8 @@ def world(device: torch.device, dtype: torch.dtype, kind: str = "graph") -> ms.W
         pipe.arena.recordings = Recordings(device, patience=NEVER)
     if kind == "compile":
         torch._dynamo.reset()
-        pipe.transformer.compile_repeated_blocks(dynamic=False)
+        KVChunk.attend_view = torch.compiler.disable(KVChunk.attend_view)  # it differs from layer to layer
+        pipe.transformer.compile_repeated_blocks()
     return pipe
 
 
