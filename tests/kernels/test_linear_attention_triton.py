@@ -26,14 +26,15 @@ cases += [(144, 48, 1, 16, 16)]
 for length, block, heads, D, E in cases:
     for channels in (None, 1, D):
         # strided views, as a joint projection of q, k and v gives them; values may be one repeated number
-        q, k, extra = draw(2, length, heads, 3, D).unbind(3)
-        v = draw(2, length, heads, E + 1)[..., :E] if E > 1 else torch.ones(1).expand(2, length, heads, 1)
-        g = None if channels is None else -3 * draw(2, length // block, heads, channels).abs()
-        state = draw(2, heads, D, E)
+        rows = 2 if length < 100 else 1
+        q, k, extra = draw(rows, length, heads, 3, D).unbind(3)
+        v = draw(rows, length, heads, E + 1)[..., :E] if E > 1 else torch.ones(1).expand(rows, length, heads, 1)
+        g = None if channels is None else -3 * draw(rows, length // block, heads, channels).abs()
+        state = draw(rows, heads, D, E)
         seen = linear_attention_triton(q, k, v, g, state, block, torch.float32)
         for a, b in zip(seen, (chunked if block == 1 else recurrent)(q, k, v, g, state, block)):
             assert a.shape == b.shape and a.isfinite().all()
-            torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4, msg=lambda m: f"{cases} {m}")
+            assert torch.allclose(a, b, atol=2e-4, rtol=2e-4), (length, block, heads, D, E, channels)
 for block in (1, 48):  # half precision: the interpreter has no bfloat16
     for channels in (None, 1, 16):
         q, k, v = draw(1, 96, 1, 3, 16).half().unbind(3)
