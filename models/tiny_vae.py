@@ -37,11 +37,12 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """`x` [B, T, C, h, w] and the last frame before it [B, C, h, w], which becomes the last of `x`."""
-        both = torch.cat([x, torch.cat([before[:, None], x[:, :-1]], dim=1)], dim=2)
-        y = self.conv(both.flatten(0, 1)).unflatten(0, x.shape[:2])
-        before.copy_(x[:, -1])
-        return y.add_(x).relu_()
+        """Frames `x` [B T, C, h, w] and the frame before them [B, C, h, w], which becomes the last of `x`."""
+        past = torch.empty_like(x)
+        frames, shifted = (each.unflatten(0, (before.shape[0], -1)) for each in (x, past))
+        shifted[:, 0], shifted[:, 1:] = before, frames[:, :-1]
+        before.copy_(frames[:, -1])
+        return self.conv(torch.cat([x, past], dim=1)).add_(x).relu_()
 
 
 class Grow(nn.Module):
@@ -54,7 +55,10 @@ class Grow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B T, C, h, w] to [B T times, C, h, w]."""
-        return self.conv(x).unflatten(1, (self.times, -1)).flatten(0, 1)
+        grown = self.conv(x)
+        if self.times == 1:
+            return grown
+        return grown.unflatten(1, (self.times, -1)).permute(0, 1, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class TinyVideoDecoder(ModelMixin, ConfigMixin):
@@ -77,7 +81,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
             layers += [nn.Upsample(scale_factor=2), Grow(width, times)]
             layers += [nn.Conv2d(width, narrower, 3, padding=1, bias=False)]
         layers += [nn.ReLU(True), nn.Conv2d(widths[-1], 3 * patch_size**2, 3, padding=1)]
-        self.decoder = nn.Sequential(*layers)
+        self.decoder = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # what convolutions want
 
     @property
     def pixels(self) -> int:
@@ -134,10 +138,10 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         state.frames += latents.shape[2]
         if latents.shape[2] == 0:
             return latents.new_empty((batch, 0, 3, height * self.pixels, width * self.pixels), dtype=self.dtype)
-        x = latents.to(self.dtype).movedim(2, 1).flatten(0, 1)
+        x = latents.to(self.dtype).movedim(2, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         for index, layer in enumerate(self.decoder):
             if isinstance(layer, MemoryBlock):
-                x = layer(x.unflatten(0, (batch, -1)), state.buffers[f"decoder.{index}"]).flatten(0, 1)
+                x = layer(x, state.buffers[f"decoder.{index}"])
             else:
                 x = layer(x)
         pictures = F.pixel_shuffle(x, self.config["patch_size"]).clamp_(0, 1).unflatten(0, (batch, -1))

@@ -92,7 +92,7 @@ def load_tiny_decoder(
     patch = round((stored["decoder.22.weight"].shape[0] / 3) ** 0.5)
     with torch.device("meta"):
         decoder = TinyVideoDecoder(stored["decoder.1.weight"].shape[1], patch, widths)
-    return fill(decoder, stored, source, torch_dtype).eval()
+    return fill(decoder, stored, source, torch_dtype).to(memory_format=torch.channels_last).eval()
 
 
 def need(folder: Path, part: str) -> Path:

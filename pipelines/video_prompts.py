@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from ..models.transformer import CausalTransformer3DModel
 from .video_state import VideoState
 
 KEPT = 16  # prompts; one is 4 MB in bfloat16
@@ -19,6 +20,7 @@ KEPT = 16  # prompts; one is 4 MB in bfloat16
 class PromptReader(DiffusionPipeline):
     """The part of a video pipeline that reads prompts."""
 
+    transformer: CausalTransformer3DModel
     text_encoder: UMT5EncoderModel | None
     tokenizer: PreTrainedTokenizerBase | None
     text_length: int
@@ -46,6 +48,17 @@ class PromptReader(DiffusionPipeline):
         while len(self._read) > KEPT and self.text_encoder is not None:
             self._read.popitem(last=False)
         return self._read[text]
+
+    def keep_prompt(self, prompt: str, tokens: Tensor) -> None:
+        """Take a prompt's tokens [S, D] that were encoded elsewhere, zero behind the prompt's end.
+
+        Raises:
+            ValueError: another shape than this pipeline's prompts have.
+        """
+        wanted = (self.text_length, self.transformer.config["text_dim"])
+        if tuple(tokens.shape) != wanted:
+            raise ValueError(f"tokens of this pipeline's prompts are {list(wanted)}, got {list(tokens.shape)}")
+        self._read[cleaned(prompt)] = tokens.cpu()
 
     def _encode(self, text: str) -> Tensor:
         assert self.text_encoder is not None

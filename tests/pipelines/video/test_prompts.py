@@ -42,6 +42,16 @@ def test_without_a_text_encoder_only_known_prompts_are_drawn(pipe, seeded):
         session.step()
 
 
+def test_tokens_from_elsewhere_stand_for_their_prompt(pipe, seeded):
+    expected = pipe("a corgi surfs", num_frames=9, generator=seeded(), output_type="pt").frames
+    tokens = pipe.encode_prompt("a corgi surfs")
+    pipe.keep_prompt("der Hund surft", tokens)
+    pipe.drop_text_encoder()
+    assert torch.equal(pipe("der Hund surft", num_frames=9, generator=seeded(), output_type="pt").frames, expected)
+    with pytest.raises(ValueError, match=r"are \[8, 16\], got \[5, 16\]"):
+        pipe.keep_prompt("x", tokens[:5])
+
+
 def switched(pipe, switch, seed, steps=4, before=3):
     """Chunks before and after the prompt changes."""
     with pipe.stream("a corgi surfs", generator=seed) as session:
