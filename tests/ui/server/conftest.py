@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -268,6 +270,31 @@ def serve() -> Iterator[Callable[..., Running]]:
         thread.join(10)
         assert not thread.is_alive(), "the server did not end"
         assert running.pipe.states == 0, "a session has kept its state"
+
+
+@pytest.fixture(scope="module")
+def on_ray() -> Iterator[Callable[..., SimpleNamespace]]:
+    """Start replicas of the fake pipeline on Ray Serve behind one port: `on_ray((2, 2), max_sessions=4)`."""
+    from millstream.ui.server import ray_serve
+
+    def load(path=__file__):
+        import importlib.util
+        import sys
+
+        spec = importlib.util.spec_from_file_location("fake_pipeline", path)  # replicas can't import the tests
+        module = sys.modules["fake_pipeline"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.FakePipeline(rate=25)
+
+    def start(replicas: tuple[int, int], **settings) -> SimpleNamespace:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ray_serve.start(load, Settings(**settings), port=port, replicas=replicas, cpus=0.01, with_page=False)
+        return SimpleNamespace(port=port, http=f"http://127.0.0.1:{port}")
+
+    yield start
+    ray_serve.stop()
 
 
 @pytest.fixture

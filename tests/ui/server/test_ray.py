@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 from websockets.exceptions import WebSocketException
-
-from millstream.ui.server.settings import Settings
 
 ray = pytest.importorskip("ray", reason='Ray Serve is missing: pip install "millstream[ray]"')
 pytestmark = pytest.mark.slow
@@ -21,28 +16,8 @@ RATE = 25
 
 
 @pytest.fixture(scope="module")
-def replicas():
-    """Two replicas of the fake pipeline behind one port."""
-    from millstream.ui.server import ray_serve
-
-    path = str(Path(__file__).parent / "conftest.py")
-
-    def load():
-        import importlib.util
-        import sys
-
-        spec = importlib.util.spec_from_file_location("fake_pipeline", path)
-        module = sys.modules["fake_pipeline"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.FakePipeline(rate=25)
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = Settings(max_sessions=4, grace_seconds=20)
-    ray_serve.start(load, settings, port=port, replicas=(2, 2), cpus=0.01, with_page=False)
-    yield SimpleNamespace(port=port, http=f"http://127.0.0.1:{port}")
-    ray_serve.stop()
+def replicas(on_ray):
+    return on_ray((2, 2), max_sessions=4, grace_seconds=20)
 
 
 def cookie(place: str) -> dict[str, str]:
