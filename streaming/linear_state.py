@@ -105,15 +105,16 @@ class HybridCache(KVCache):
             if not isinstance(value, Tensor) or value.shape != store.shape:
                 seen = tuple(value.shape) if isinstance(value, Tensor) else value
                 raise ValueError(f"the saved {name} is {seen}, this cache needs shape {tuple(store.shape)}")
-        ends = saved.get("ends")
-        if not isinstance(ends, Tensor) or not 1 <= ends.numel() < self.slots or int(ends[-1]) != int(saved["count"]):
-            raise ValueError(f"the snapshot is damaged: states after {ends} frames, {saved['count']} frames in memory")
+        ends, count = saved.get("ends"), int(saved["count"])
+        held = ends.tolist() if isinstance(ends, Tensor) and ends.ndim == 1 else []
+        if not 1 <= len(held) < self.slots or held != sorted(set(held)) or held[0] < 0 or held[-1] != count:
+            raise ValueError(f"the snapshot is damaged: states after {held} frames, {count} frames in memory")
         super().restore(row, saved)
         for name, store in places.items():
             value = saved[name]
             assert isinstance(value, Tensor), "as was checked"
             store.copy_(value)
-        self.ends[row] = ends.tolist()
+        self.ends[row] = [int(end) for end in held]
 
 
 class HybridChunk(KVChunk):

@@ -226,5 +226,6 @@ def test_what_does_not_fit_is_refused():
     memory = cache()
     with pytest.raises(ValueError, match=r"saved linear_kv is None, this cache needs shape \(3, 2, 2, 4, 4\)"):
         memory.restore(0, plain.snapshot(0))
-    with pytest.raises(ValueError, match=r"snapshot is damaged: states after .* 0 frames in memory"):
-        memory.restore(0, memory.snapshot(0) | {"ends": torch.tensor([3])})
+    for ends in ([3], [], [-1, 0], [0, 0], 0, [[0]]):
+        with pytest.raises(ValueError, match=r"snapshot is damaged: states after .* 0 frames in memory"):
+            memory.restore(0, memory.snapshot(0) | {"ends": torch.tensor(ends)})
