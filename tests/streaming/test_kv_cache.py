@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from millstream.kernels import apply_rotary, attend, rotary_angles
-from millstream.streaming.kv_cache import KVCache, Window
+from millstream.streaming.kv_cache import KVCache, KVChunk, Window
+from millstream.streaming.kv_chunk import RowsAt
 
 LAYERS, HEADS, DIM, TOKENS = 2, 2, 12, 2
 WINDOWS = [Window(4), Window(5, sinks=2), Window(6, block=3), Window(7, sinks=1, block=3), Window(9, sinks=3, block=3)]
@@ -305,3 +306,56 @@ def test_bad_arguments_are_refused():
     for frames in (0, 4):
         with pytest.raises(ValueError, match=f"a chunk of {frames} frames does not fit"):
             make(Window(4, sinks=1)).open([0], frames)
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_a_chunk_for_recording_sees_and_writes_the_same_from_device_counters_alone(spare, by_index):
+    """Whatever the host believes: its counters are wrong here, as they are in a recording that is replayed."""
+    window, rows, fills = Window(5, sinks=2), [2, 1], [1, 3]
+    usual, recorded = (make(window, rows=3, spare=spare) for _ in range(2))
+    for cache in (usual, recorded):
+        for row, fill in zip(rows, fills):
+            stream(cache, history(fill, seed=row), row=row)
+    for step in range(12):
+        raw = history(1, seed=50 + step).repeat(1, 1, 2, 1, 1, 1, 1)
+        expected = draw(usual, rows, raw)
+        chunk = recorded.open(rows)
+        fill = chunk.fill
+        assert fill == ("full" if spare == 0 and step >= 3 else "filling")
+        counts, recorded.counts = recorded.counts, [0, 0, 0]
+        still = KVChunk(recorded, RowsAt(torch.tensor(rows)) if by_index else chunk.rows, 1, fill)
+        out = []
+        for layer, (q, k, v) in enumerate(zip(*raw.flatten(3, 4))):
+            q, k = turn(q, still.positions), turn(k, still.positions)
+            view = still.attend_view(layer, k, v)
+            assert view.k.shape[1] == (window.frames + spare) * TOKENS, "one shape for all fills"
+            out.append(attend(q, view.k, view.v, mask=view.mask))
+        still.advance()
+        recorded.counts = counts
+        chunk.count()
+        close(torch.stack(out), expected)
+    assert recorded.frames.tolist() == recorded.counts == usual.counts
+
+
+def test_sinks_that_turn_cannot_be_recorded():
+    cache = make(Window(4, sinks=1), position="sink")
+    with pytest.raises(ValueError, match='position="sink" cannot be recorded; make it with position="absolute"'):
+        cache.open([0]).for_recording()
+
+
+@pytest.mark.parametrize("window", [Window(4), Window(5, sinks=2), Window(7, sinks=1, block=3)], ids=str)
+def test_slices_and_indices_write_to_the_same_places(window):
+    """The CPU writes slices where it can, another device by index; the memory is the same afterwards."""
+    caches = [make(window, rows=3) for _ in range(2)]
+    for step in range(9):
+        rows = [[0], [0, 1], [2, 0], [1, 2]][step % 4]
+        raw = history(window.block, seed=step).repeat(1, 1, len(rows), 1, 1, 1, 1)
+        draw(caches[0], rows, raw)
+        chunk = caches[1].open(rows, window.block)
+        still = chunk.for_recording()
+        for layer, (_, k, v) in enumerate(zip(*raw.flatten(3, 4))):
+            still.attend_view(layer, turn(k, still.positions), v)
+        chunk.commit()
+        assert torch.equal(caches[0].k, caches[1].k)
+        assert torch.equal(caches[0].v, caches[1].v)
