@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .pipelines.image import ImagePipeline
     from .pipelines.video import VideoPipeline
     from .pipelines.world import WorldPipeline
     from .streaming import (
@@ -33,6 +34,7 @@ __all__ = [
     "Chunk",
     "Control",
     "Frame",
+    "ImagePipeline",
     "Recorder",
     "Session",
     "SpeechControl",
@@ -45,7 +47,12 @@ __all__ = [
     "live",
 ]
 
-_ELSEWHERE = {"VideoPipeline": ".pipelines.video", "Window": ".ui.window", "WorldPipeline": ".pipelines.world"}
+_ELSEWHERE = {
+    "ImagePipeline": ".pipelines.image",
+    "VideoPipeline": ".pipelines.video",
+    "Window": ".ui.window",
+    "WorldPipeline": ".pipelines.world",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -113,6 +113,11 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         """N."""
         return self.cos.shape[0]
 
+    @property
+    def places(self) -> Tensor:
+        """Coordinates [N, A] of the tokens; cells of a coarse scale stand in the middle of what they cover."""
+        return _places(self.config["grid"], self.config["scale_sides"]).to(self.cos.device)
+
     def rotary(self, places: Tensor | None, prefix: int = 0) -> Rotary:
         """Angles of `prefix` tokens without a place, then of `places` [B, n] (None: all of the grid, in order)."""
         cos, sin = self.cos, self.sin
@@ -268,7 +273,6 @@ def causal_mask(prefix: int, tokens: int, device: torch.device) -> Tensor:
 
 
 def _places(grid: Sequence[int], scale_sides: Sequence[int] | None) -> Tensor:
-    """Coordinates [N, A]; cells of a coarse scale stand in the middle of what they cover."""
     if scale_sides is None:
         return grid_places(grid)
     last = scale_sides[-1]

@@ -62,7 +62,8 @@ class VQAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
         down: list[nn.Module] = []
         channels = 3
         for width, blocks in zip(widths, encoder_blocks, strict=True):
-            down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, width, 3, padding=1)]
+            kernel = 3 if channels == 3 else 1
+            down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, width, kernel, padding=kernel // 2)]
             down += [ResidualBlock(width) for _ in range(blocks)]
             channels = width
         self.encoder = nn.Sequential(

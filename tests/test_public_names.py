@@ -16,6 +16,7 @@ NAMES = [
     "Chunk",
     "Control",
     "Frame",
+    "ImagePipeline",
     "Recorder",
     "Session",
     "SpeechControl",
