@@ -54,7 +54,8 @@ def video_inputs(grid: tuple[int, ...], heads: int, dim: int, device: str) -> In
 
     shared, values = field(), field()
     q, k, v = 1.2 * shared + 0.4 * noise(), 1.2 * shared + 0.4 * noise(), values + 0.2 * noise()
-    return q.to(DTYPE), k.to(DTYPE), v.to(DTYPE)
+    q, k, v = (x.to(DTYPE).contiguous() for x in (q, k, v))
+    return q, k, v
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -72,14 +73,16 @@ def _compiled_flex() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex(visit: Tensor, block: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def flex(visit: Tensor, block: int, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Compiled FlexAttention over the same blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     count = visit.sum(-1).to(torch.int32)
     order = visit.int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     none = torch.zeros_like(count)
-    mask = BlockMask.from_kv_blocks(none, torch.zeros_like(order), count, order, BLOCK_SIZE=block)
+    mask = BlockMask.from_kv_blocks(
+        none, torch.zeros_like(order), count, order, BLOCK_SIZE=block, seq_lengths=(tokens, tokens)
+    )
     compiled = _compiled_flex()
     return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
@@ -94,7 +97,7 @@ def backends(tokens: int, heads: int, device: str) -> dict[str, Callable]:
     if device == "cpu":
         return {"dense: SDPA": attend}
     runs = {"dense: cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "dense: flash": sdpa(SDPBackend.FLASH_ATTENTION)}
-    runs["flex 25 %"] = flex(chosen_blocks(0.25, heads, -(-tokens // 128), device), 128)
+    runs["flex 25 %"] = flex(chosen_blocks(0.25, heads, -(-tokens // 128), device), 128, tokens)
     return runs
 
 

@@ -14,7 +14,7 @@ from .masks import BoxMask, Mask, RowMask, causal_frames, window_mask
 from .plan import BlockPlan, KVSummary, Permutation
 from .quantize import Quantize
 from .reference import merge_reference
-from .sparse import attend_plan
+from .sparse import attend_plan, merge_pairs, merges_fast
 
 __all__ = [
     "BlockPlan",
@@ -146,7 +146,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
                 f"every part must be (out [B, L, H, D], lse [B, H, L]) with out {list(shape)} as in the first part, "
                 f"got out {list(out.shape)} and lse {list(lse.shape)}"
             )
-    return merge_reference(parts)
+    return merge_pairs(parts) if len(parts) > 1 and merges_fast(parts) else merge_reference(parts)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> None:

@@ -51,7 +51,7 @@ class KVSummary:
         first_order: bool = False,
     ) -> KVSummary:
         """Summarise k, v [B, L, H, D] (in slot order), with the plan's key `lengths` and `table`."""
-        rows, tokens, heads, dim = k.shape
+        tokens = k.shape[1]
         blocks = -(-tokens // block)
         count = (tokens - torch.arange(blocks, device=k.device, dtype=torch.int32) * block).clamp_max(block)
         count = count[None, None]
@@ -60,20 +60,22 @@ class KVSummary:
             count = count.expand(place.shape[0], 1, -1).gather(2, place)
         if lengths is not None:
             count = torch.minimum(count, lengths)
-        k, v = (_blocks(x, block) for x in (k, v))  # [B, H, blocks, block, D]
-        if place is not None:
-            k, v = (x.gather(2, place[..., None, None].expand(rows, heads, -1, block, dim)) for x in (k, v))
-        if lengths is not None:
-            known = (torch.arange(block, device=k.device) < count[..., None])[..., None]
-            k, v = (x.masked_fill(~known, 0.0) for x in (k, v))
-        share = 1.0 / count.clamp_min(1)[..., None]
-        key, value = ((x.sum(3, dtype=_wide(x)) * share).to(x.dtype) for x in (k, v))
+        if place is None and lengths is None:
+            key, value = (_block_means(x, block) for x in (k, v))
+        else:
+            k, v = (_valid_blocks(x, block, place, count) for x in (k, v))  # [B, H, blocks, block, D]
+            share = 1.0 / count.clamp_min(1)[..., None]
+            key, value = ((x.sum(3, dtype=_wide(x)) * share).to(x.dtype) for x in (k, v))
+            k, v = (x.permute(0, 2, 3, 1, 4).flatten(1, 2) for x in (k, v))
         slope = None
         if first_order:
+            # Keys less their mean, before the product: of two large products little would be left in bfloat16.
+            means = key.transpose(1, 2).repeat_interleave(block, 1)[:, : k.shape[1]]
+            inside = (k - means).transpose(1, 2)
+            if place is not None or lengths is not None:
+                inside = inside * _known(count, block).flatten(2)[..., None]
             total = count.sum(-1)[..., None, None].clamp_min(1)
-            both = k.flatten(2, 3).mT.to(_wide(k)) @ v.flatten(2, 3).to(_wide(v))
-            slope = (both - key.mT.to(_wide(k)) @ (value * count[..., None]).to(_wide(v))) / total
-            slope = slope.to(k.dtype)
+            slope = (inside.mT @ v.transpose(1, 2) / total).to(k.dtype)
         return cls(key, value, count, slope)
 
 
@@ -204,12 +206,27 @@ def _listed(full: Tensor, masked: Tensor, width: int) -> tuple[Tensor, Tensor, T
     return indices, n_full, torch.minimum(n_masked, width - n_full)
 
 
-def _blocks(x: Tensor, block: int) -> Tensor:
-    """[B, L, H, D] as [B, H, blocks, block, D]; a last block that is not whole is filled with zeros."""
+def _block_means(x: Tensor, block: int) -> Tensor:
+    """Mean token of each block, [B, L, H, D] as [B, H, blocks, D]; a last block that is not whole costs no copy."""
+    whole = x.shape[1] // block * block
+    means = x[:, :whole].unflatten(1, (-1, block)).mean(2, dtype=_wide(x))
+    if whole < x.shape[1]:
+        means = torch.cat([means, x[:, whole:].mean(1, keepdim=True, dtype=_wide(x))], 1)
+    return means.transpose(1, 2).to(x.dtype)
+
+
+def _valid_blocks(x: Tensor, block: int, place: Tensor | None, count: Tensor) -> Tensor:
+    """[B, L, H, D] as [B, H, blocks, block, D] in logical order, zeros where a block holds no token."""
     missing = -x.shape[1] % block
-    if missing:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing))
-    return x.unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4)
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4)
+    if place is not None:
+        x = x.gather(2, place[..., None, None].expand(*x.shape[:2], -1, *x.shape[3:]))
+    return x.masked_fill(~_known(count, block)[..., None], 0.0)
+
+
+def _known(count: Tensor, block: int) -> Tensor:
+    """Bool [B or 1, H or 1, blocks, block]: the places that hold a token."""
+    return torch.arange(block, device=count.device) < count[..., None]
 
 
 def _wide(x: Tensor) -> torch.dtype:

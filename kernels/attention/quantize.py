@@ -39,16 +39,30 @@ class Quantized(NamedTuple):
 
 def quantize_attention(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], how: Quantize) -> Quantized:
     """Quantise q, k, v [B, L, H, D], tokens in slot order, for a plan of these blocks."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mean_key = k.mean(1, dtype=torch.float32)
     q8, q_scale = quantize_tiles(q, block[0], how)
     k8, k_scale = quantize_tiles(k, block[1], how, mean_key)
     if how == "int8":
         return Quantized(q8, k8, v, q_scale, k_scale, None, mean_key)
-    v_scale = v.abs().amax(1).float() / LARGEST[how] + EPSILON  # [B, H, D]
-    rows = -(-v.shape[1] // 16) * 16  # a tensor descriptor's rows start at multiples of 16 bytes
-    v8 = torch.zeros((v.shape[0], v.shape[2], v.shape[3], rows), dtype=DTYPE[how], device=v.device)
-    v8[..., : v.shape[1]] = (v / v_scale[:, None].to(v.dtype)).permute(0, 2, 3, 1).to(DTYPE[how])
+    v8, v_scale = _turned(v)
     return Quantized(q8, k8, v8, q_scale, k_scale, v_scale, mean_key)
+
+
+def _turned(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v [B, L, H, D] as e4m3 [B, H, D, L], and the scale of each channel, float32 [B, H, D]."""
+    scale = torch.maximum(v.amax(1), -v.amin(1)).float() / LARGEST["fp8"] + EPSILON
+    batch, tokens, heads, dim = v.shape
+    rows = -(-tokens // 16) * 16  # a tensor descriptor's rows start at multiples of 16 bytes
+    v8 = torch.empty((batch, heads, dim, rows), dtype=DTYPE["fp8"], device=v.device)
+    if runs_triton(v):
+        from .quantize_triton import turn_triton
+
+        turn_triton(v, scale, v8)
+        return v8, scale
+    v8[..., tokens:] = 0
+    v8[..., :tokens] = (v.float() / scale[:, None]).permute(0, 2, 3, 1).to(DTYPE["fp8"])
+    return v8, scale
 
 
 def quantize_tiles(x: Tensor, block: int, how: Quantize, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -56,7 +70,7 @@ def quantize_tiles(x: Tensor, block: int, how: Quantize, mean: Tensor | None = N
     if runs_triton(x):
         from .quantize_triton import quantize_tiles_triton
 
-        return quantize_tiles_triton(x, block, how, mean)
+        return quantize_tiles_triton(x if x.stride(-1) == 1 else x.contiguous(), block, how, mean)
     return quantize_tiles_reference(x, block, how, mean)
 
 

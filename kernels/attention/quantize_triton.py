@@ -1,4 +1,4 @@
-"""One pass over a tensor that writes its 8-bit tiles and their scales."""
+"""8-bit tiles and their scales in one pass, and values turned so that their keys are neighbours."""
 
 # Triton's language is read as Python, but it is another.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -14,13 +14,14 @@ from torch import Tensor
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def _quantize_kernel(
     x_ptr, out_ptr, scale_ptr, mean_ptr, sb, sl, sh, rows, blocks, heads, largest,
-    block: tl.constexpr, dim: tl.constexpr, has_mean: tl.constexpr, integer: tl.constexpr,
+    block: tl.constexpr, size: tl.constexpr, dim: tl.constexpr, has_mean: tl.constexpr, integer: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    at = tile * block + tl.arange(0, block)
-    known = (at < rows)[:, None]
+    inside = tl.arange(0, size)  # a power of two, which a block need not be
+    at = tile * block + inside
+    known = ((inside < block) & (at < rows))[:, None]
     channels = tl.arange(0, dim)
     x_at = x_ptr + batch * sb + head * sh + at.to(tl.int64)[:, None] * sl + channels[None, :]
     x = tl.load(x_at, mask=known, other=0.0).to(tl.float32)
@@ -36,7 +37,7 @@ def _quantize_kernel(
 
 
 def quantize_tiles_triton(x: Tensor, block: int, how: str, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `quantize_tiles`; blocks are powers of two."""
+    """See `quantize_tiles`."""
     batch, rows, heads, dim = x.shape
     blocks = triton.cdiv(rows, block)
     dtype, largest = (torch.int8, 127.0) if how == "int8" else (torch.float8_e4m3fn, 448.0)
@@ -44,6 +45,30 @@ def quantize_tiles_triton(x: Tensor, block: int, how: str, mean: Tensor | None) 
     scale = x.new_empty((batch, heads, blocks), dtype=torch.float32)
     _quantize_kernel[(blocks, batch * heads)](
         x, out, scale, mean, *x.stride()[:3], rows, blocks, heads, largest,
-        block=block, dim=dim, has_mean=mean is not None, integer=how == "int8",
+        block=block, size=triton.next_power_of_2(block), dim=dim, has_mean=mean is not None, integer=how == "int8",
     )  # fmt: skip
     return out, scale
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _turn_kernel(
+    v_ptr, scale_ptr, out_ptr, sb, sl, sh, rows, padded, heads, tile: tl.constexpr, dim: tl.constexpr
+):  # fmt: skip
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    at = tl.program_id(0) * tile + tl.arange(0, tile)
+    channels = tl.arange(0, dim)
+    v_at = v_ptr + batch * sb + head * sh + at.to(tl.int64)[:, None] * sl + channels[None, :]
+    v = tl.load(v_at, mask=(at < rows)[:, None], other=0.0).to(tl.float32)
+    v = tl.trans(v / tl.load(scale_ptr + pair * dim + channels)[None, :])
+    out_at = out_ptr + (pair * dim + channels)[:, None] * padded + at[None, :]
+    tl.store(out_at, v.to(out_ptr.dtype.element_ty), mask=(at < padded)[None, :])
+
+
+def turn_triton(v: Tensor, scale: Tensor, out: Tensor) -> None:
+    """out [B, H, D, rows] = v [B, L, H, D] / scale [B, H, D], zeros past L."""
+    batch, rows, heads, dim = v.shape
+    tile = 128
+    _turn_kernel[(triton.cdiv(out.shape[-1], tile), batch * heads)](
+        v, scale, out, *v.stride()[:3], rows, out.shape[-1], heads, tile=tile, dim=dim
+    )

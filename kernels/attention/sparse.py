@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -46,6 +47,26 @@ def attend_plan(
         out, lse = attend_plan_reference(*parts, plan, summary, scale, round_p=quantize == "fp8")
         out = out.to(q.dtype)
     return out, lse + scale * torch.einsum("blhd,bhd->bhl", q.float(), eight.mean_key)
+
+
+def merges_fast(parts: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the parts, and what is done with them, are the Triton kernel's."""
+    out, lse = parts[0]
+    graded = torch.is_grad_enabled() and any(x.requires_grad for part in parts for x in part)
+    usual = out.shape[-1] in HEAD_DIMS and out.dtype in TRITON_DTYPES and lse.dtype == torch.float32
+    return runs_triton(out) and not graded and usual and out.numel() > 0
+
+
+def merge_pairs(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Parts joined two by two, in float32 until the last, by one kernel each."""
+    from .merge_triton import merge_operator
+
+    dtype = parts[0][0].dtype
+    with torch.cuda.device_of(parts[0][0]):
+        out, lse = parts[0] if len(parts) == 2 else (parts[0][0].float(), parts[0][1])
+        for other, other_lse in parts[1:]:
+            out, lse = merge_operator(out, lse, other, other_lse)
+    return out.to(dtype), lse
 
 
 def take_slots(x: Tensor, source: Tensor) -> Tensor:

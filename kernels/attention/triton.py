@@ -57,9 +57,7 @@ def _box_visible(visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, q_stride,
 def _listed(indices_ptr, places_ptr, position, end, has_table: tl.constexpr):
     """The block at `position` of a list that ends at `end`, and where it lies in memory; block 0 past the end."""
     block = tl.load(indices_ptr + position, mask=position < end, other=0)
-    place = block
-    if has_table:
-        place = tl.load(places_ptr + position, mask=position < end, other=0)
+    place = tl.load(places_ptr + position, mask=position < end, other=0) if has_table else block
     return block, place
 
 
@@ -90,7 +88,7 @@ def _walk(
     head_dim: tl.constexpr, block_k: tl.constexpr, tile_k: tl.constexpr,
     masked: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr, has_table: tl.constexpr,
     has_k_lengths: tl.constexpr, full_lengths: tl.constexpr, has_bias: tl.constexpr, quantize: tl.constexpr,
-    v_row: tl.constexpr,    descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
+    v_row: tl.constexpr, descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """Attend to the blocks listed at `start ... end`.
 
@@ -115,7 +113,7 @@ def _walk(
         )  # fmt: skip
         v = _tile(
             v_ptr, v_desc, v_first + row, v_column, row, v_sl, v_sd, k_rows, tile_k, head_dim, descriptors, not v_row
-        )  # fmt: skip
+        )
         next_scores = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
         here = slot // block_k
         if masked:
@@ -128,9 +126,7 @@ def _walk(
                     v = tl.where(known[:, None], v, 0.0)
             visible = q_valid[:, None] & k_valid[None, :]
             if has_box:
-                visible = _box_visible(
-                    visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, low_sa, at_sa, axes, sinks
-                )  # fmt: skip
+                visible = _box_visible(visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, low_sa, at_sa, axes, sinks)
             if has_bits:
                 words = tl.load(bits_ptr + q_slots.to(tl.int64) * bits_width + here // 32)
                 visible = visible & ((words >> (here % 32)) & 1 != 0)[:, None]

@@ -79,7 +79,7 @@ def tile_grid(
 
 
 def best_tile(grid: Sequence[int], slots: int = 128) -> tuple[int, ...]:
-    """The tile of at most `slots` tokens that wastes little padding and is near to a cube; 8 % against each doubling."""
+    """The tile of at most `slots` tokens that wastes little and is near to a cube: 8 % against twice as long a side."""
 
     def cost(tile: tuple[int, ...]) -> float:
         blocks = math.prod(-(-n // t) for n, t in zip(grid, tile))

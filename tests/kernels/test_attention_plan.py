@@ -336,6 +336,20 @@ def test_merging_plans_over_disjoint_blocks_is_one_plan_over_all():
     assert_close(merge([(parts[0][0], parts[0][1] + 0.7), parts[1]]), [x.double() for x in merge([shifted, parts[1]])])
 
 
+def test_the_merging_kernel_does_what_its_reference_does():
+    from millstream.kernels.attention.merge_triton import merge_pair
+    from millstream.kernels.attention.reference import merge_reference
+
+    q, k, v = qkv(70, 320, rows=2)
+    visit = drawn(2, 2, 2, 5)
+    visit[0, 0] = False
+    parts = [attend(q, k, v, BlockPlan.of(part, (64, 64), 320), return_lse=True) for part in (visit, visit & False)]
+    parts[1][1][:, 1] = 0.5  # one head's second part counts, with an output of zeros
+    out, lse = merge_pair(*(x.to(DEVICE) for part in parts for x in part))
+    assert_close((out.cpu(), lse.cpu()), [x.double() for x in merge_reference(parts)])
+    assert (out[0, :, 0] == 0).all()
+
+
 def test_gradients_pass_through_a_plan():
     visit = drawn(1, 2, 2, 3)
     ours, theirs = ([x.requires_grad_() for x in qkv(128, 192, dtype=torch.float64)] for _ in range(2))
