@@ -24,8 +24,9 @@ TOGETHER = 0.25  # of a frame: sessions due within it of one another share a ste
 class Engine:
     """Steps seats until it is stopped.
 
-    A paced seat is due when its last step's media has played; a new one joins the beat of those that run, so that
-    they go through the model together. Camera seats are due as soon as a picture is there. Every round steps each
+    A paced seat is due when its last step's media has played. A new one joins the beat of those that run, and one that
+    fell out of step (a stream's first chunk may be shorter) waits once for the others, so that all go through the model
+    together. Camera seats are due as soon as a picture is there. Every round steps each
     seat that is due exactly once, so none can take another's turn.
 
     Args:
@@ -149,6 +150,16 @@ class Engine:
                 seat.drew(chunks, now)
             except Exception as error:
                 self._fail(seat, error)
+        for seat, _ in pairs:
+            self._align(seat)
+
+    def _align(self, seat: Seat) -> None:
+        """Put a seat off until another's turn, if that comes less than half a step later."""
+        due, reach = seat.due, seat.step_seconds / 2
+        others = [other.due for other in self._seats if other is not seat and other.ready and other.paced]
+        beats = [beat for beat in others if beat is not None and due is not None and due < beat <= due + reach]
+        if beats:
+            seat.due = min(beats)
 
     def _fail(self, seat: Seat, error: Exception) -> None:
         log.error("session %s has failed", seat.name, exc_info=error)

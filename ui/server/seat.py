@@ -55,6 +55,7 @@ class Seat:
         self.running = False
         self.frame = 0
         self.position = 0.0  # seconds of the stream that are drawn
+        self.step_seconds = 0.0  # of media that the last step has drawn
         self._played = 0.0  # monotonic second at which the last chunk will have been shown
         self.touched = self.left = time.monotonic()
         self.on_moment: Callable[[Saved], None] | None = None
@@ -135,7 +136,7 @@ class Seat:
 
     def drew(self, chunks: Sequence[Chunk], now: float) -> None:
         """Pace, show, record and remember what a step has drawn."""
-        seconds = duration(chunks)
+        seconds = self.step_seconds = duration(chunks)
         due = self.due
         if due is not None:
             self.due = max(due + seconds, now - seconds)  # late by up to one step's media is made up for

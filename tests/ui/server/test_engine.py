@@ -63,6 +63,27 @@ def test_a_new_session_joins_the_beat(fake, engine, eventually):
     assert pipe.batches[-4:] == [2] * 4
 
 
+def test_sessions_that_fell_out_of_step_come_together_again(fake, engine, eventually):
+    class ShortStart(fake):
+        """As Wan's streams: the first chunk is shorter than the others."""
+
+        def _draw(self, state, control, picture):
+            self.frames = 4 if state.frame else 3
+            return super()._draw(state, control, picture)
+
+    pipe = ShortStart(rate=20)
+    made, _ = engine(pipe)
+    first, second = seated(pipe, made), seated(pipe, made)
+    first.start()
+    made.wake()
+    eventually(lambda: first.frame >= 7)
+    second.start()
+    made.wake()
+    eventually(lambda: second.frame >= 15)
+    assert pipe.batches[-2:] == [2, 2]
+    assert first.due == second.due
+
+
 def test_a_camera_that_floods_doesn_t_starve_players(fake, engine, eventually):
     pipe = fake(rate=20, delay=0.004)
     made, _ = engine(pipe)
