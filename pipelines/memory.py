@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..streaming.kv_cache import KVCache
+from ..models.mixers import make_cache
 
 if TYPE_CHECKING:
     from .video import VideoPipeline
@@ -67,7 +67,7 @@ def memory_plan(pipe: VideoPipeline, streams: int = 1) -> MemoryPlan:
     model, config = pipe.transformer, pipe.transformer.config
     rows = pipe.recipe.rows * streams
     dim = config["num_attention_heads"] * config["attention_head_dim"]
-    cache = KVCache(**pipe.cache_shape(rows), device="meta", dtype=model.dtype)
+    cache = make_cache(model, **pipe.cache_shape(rows), device="meta")
     kept, widest = pipe.codec.memory(*pipe.size)
     return MemoryPlan(
         weights={name: weight_bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},

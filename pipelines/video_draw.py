@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import philox_normal
+from ..models.mixers import make_cache
 from ..models.stream_codec import PICTURES_PER_LATENT, CodecState
 from ..models.tiny_vae import TinyVideoDecoder
 from ..models.transformer import CausalTransformer3DModel
@@ -66,7 +67,7 @@ class VideoDrawer(PromptReader):
         return self._decoder
 
     def _make_cache(self, rows: int) -> KVCache:
-        return KVCache(**self.cache_shape(rows), device=self.transformer.device, dtype=self.transformer.dtype)
+        return make_cache(self.transformer, **self.cache_shape(rows))
 
     def cache_shape(self, rows: int) -> dict[str, Any]:
         """Arguments of a `KVCache` with so many rows for pictures of the present size."""
