@@ -236,11 +236,7 @@ class Bench:
     def machine(self) -> dict[str, Any]:
         return {
             "device": torch.cuda.get_device_name() if self.real else platform.processor() or platform.machine(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-            },
+            "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
             "size": self.size,
             "dtype": str(self.dtype),
         }

@@ -18,6 +18,11 @@ from ..models.transformer import CausalTransformer3DModel
 from .recipes import RECIPES, Recipe, find_recipe
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "decoder")
+RELEASED = {  # a name that the file of each part holds where Wan is released in its own layout
+    "transformer": "blocks.0.self_attn.q.weight",
+    "vae": "decoder.conv1.weight",
+    "text_encoder": "token_embedding.weight",
+}
 
 
 def local_folder(name: str | Path, *, transformer: bool = True) -> Path:
@@ -34,7 +39,7 @@ def local_folder(name: str | Path, *, transformer: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [part for part in PARTS if transformer or part != "transformer"]
-    patterns = ["model_index.json", "transformer/config.json", *(f"{part}/*" for part in wanted)]
+    patterns = ["*.json", "*.pth", "google/*", *(f"{part}/*" for part in wanted), *(["*.safetensors"] * transformer)]
     return Path(snapshot_download(str(name), allow_patterns=patterns))
 
 
@@ -54,17 +59,20 @@ def load_components(
     if recipe is None and "recipe" not in saved:
         raise ValueError(f"{folder} does not say how its weights are run; give recipe=, one of {', '.join(RECIPES)}")
     chosen = find_recipe(saved["recipe"] if recipe is None else recipe)
+    found = find_parts(folder)
     config = read_json(folder / "transformer" / "config.json")
     how: dict[str, Any] = {"torch_dtype": torch_dtype, "headers_only": headers_only}
-    transformer = load_transformer(checkpoint or need(folder, "transformer"), config=config, lora=lora, **how)
-    vae = load_vae(need(folder, "vae"), **how)
-    reads = (folder / "text_encoder").is_dir()
+    transformer = load_transformer(checkpoint or need(found, "transformer", folder), config=config, lora=lora, **how)
+    vae = load_vae(need(found, "vae", folder), **how)
+    reads = "text_encoder" in found
     return {
         **{name: saved[name] for name in ("size", "rate", "text_length") if name in saved},
         "transformer": transformer,
         "vae": vae,
-        "text_encoder": load_text_encoder(folder / "text_encoder", **how) if reads else None,
-        "tokenizer": AutoTokenizer.from_pretrained(need(folder, "tokenizer")) if reads and not headers_only else None,
+        "text_encoder": load_text_encoder(found["text_encoder"], **how) if reads else None,
+        "tokenizer": AutoTokenizer.from_pretrained(need(found, "tokenizer", folder))
+        if reads and not headers_only
+        else None,
         "recipe": chosen,
         "decoder": _load_decoder(folder, decoder, how),
     }
@@ -95,12 +103,26 @@ def load_tiny_decoder(
     return fill(decoder, stored, source, torch_dtype).to(memory_format=torch.channels_last).eval()
 
 
-def need(folder: Path, part: str) -> Path:
-    if not (folder / part).is_dir():
+def find_parts(folder: Path) -> dict[str, Path]:
+    """Where each part lies: in diffusers' folders, or in the files of a Wan folder as released, told by their names."""
+    found = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    if "vae" in found or "transformer" in found:
+        return found
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".safetensors")):
+        names = read_weights(file, headers_only=True)
+        for part, name in RELEASED.items():
+            if part not in found and name in names:
+                found[part] = file
+    tokenizers = sorted(folder.rglob("tokenizer_config.json"))
+    return found | ({"tokenizer": tokenizers[0].parent} if tokenizers else {})
+
+
+def need(found: dict[str, Path], part: str, folder: Path) -> Path:
+    if part not in found:
         raise FileNotFoundError(
-            f"{folder} has no folder {part}; it needs transformer (or checkpoint=), vae and tokenizer"
+            f"{folder} has no {part}; a model has {', '.join(PARTS[:4])} (the first may be given as checkpoint=)"
         )
-    return folder / part
+    return found[part]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

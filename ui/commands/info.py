@@ -1,4 +1,4 @@
-"""`millstream info`: this machine, the versions, and the models that ship."""
+"""`millstream info`: this machine, the versions, and the models that ship; or one video model and its memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import machine, versions
+from ..video import add_video_options, describe
+from ..video import as_text as describe_as_text
 from ..world import shipped_models
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("info", help="this machine, versions, shipped models and the memory each needs")
+    parser.add_argument("--model", help="tell of this video model instead: what it is, what is missing, its memory")
+    add_video_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
+    if arguments.model is not None:
+        report = describe(arguments)
+        print(json.dumps(report, indent=2) if arguments.json else describe_as_text(report))
+        return 0
     models = {name: measure(folder) for name, folder in shipped_models().items()}
     report = {"machine": machine(), "versions": versions(), "models": models}
     print(json.dumps(report, indent=2) if arguments.json else as_text(report))

@@ -1,4 +1,4 @@
-"""`millstream run`: a prompt and a key script become an mp4."""
+"""`millstream run`: a prompt becomes an mp4, a walk through a world by a key script or a clip of a video model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..keys import KeyScript
+from ..video import add_video_options, is_video_model, run_video
 from ..world import (
     check_prompt,
     check_recording,
@@ -32,10 +33,15 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         metavar="SCRIPT",
         help='KEY[+KEY]*FRAMES, separated by spaces, repeated to the end; "-" is no key (default: %(default)s)',
     )
+    parser.add_argument("--image", type=Path, help="video models: what the first picture shows")
+    parser.add_argument("--video", type=Path, help="video models: a video to redraw")
+    parser.add_argument("--strength", type=float, default=1.0, help="how far, from 0 (kept) to 1 (ignored; default)")
+    parser.add_argument("--timeline", type=Path, help="video models: prompts at times, a JSON file")
     parser.add_argument("--seconds", type=positive_seconds, default=10.0, help="length of the clip (default: 10)")
     parser.add_argument("--frames", type=positive_integer, help="length in frames; overrides --seconds")
     parser.add_argument("-o", "--output", type=Path, default=Path("walk.mp4"), help="default: %(default)s")
     add_world_options(parser)
+    add_video_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -49,6 +55,8 @@ def add_world_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything cheap, then load, then walk."""
+    if is_video_model(arguments):
+        return run_video(arguments)
     import torch
 
     prompt = check_prompt(arguments.prompt)

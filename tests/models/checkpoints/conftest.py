@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
+from millstream.models.checkpoints.names import vae_name
 from millstream.models.transformer import CausalTransformer3DModel
 
 CONFIG = {
@@ -61,6 +64,36 @@ def original_names(state):
     return renamed
 
 
+def original_vae_names(vae):
+    """The published names of a small autoencoder: same structure, so the same names in the same places."""
+    listed = json.loads((Path(__file__).parent / "data" / "wanvae_keys.json").read_text())
+    ours = {vae_name(name): name for name in listed}
+    return {ours[name]: value for name, value in vae.state_dict().items()}
+
+
+def original_text_names(encoder):
+    """The names of `models_t5_umt5-xxl-enc-bf16.pth`."""
+    table = [
+        (r"encoder\.block\.", "blocks."),
+        (r"encoder\.final_layer_norm", "norm"),
+        (r"layer\.0\.layer_norm", "norm1"),
+        (r"layer\.1\.layer_norm", "norm2"),
+        (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
+        (r"layer\.0\.SelfAttention", "attn"),
+        (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
+        (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"),
+        (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2"),
+        (r"shared", "token_embedding"),
+    ]
+    names = {}
+    for name, value in encoder.state_dict().items():
+        if name != "encoder.embed_tokens.weight":
+            for pattern, replacement in table:
+                name = re.sub(pattern, replacement, name)
+            names[name] = value
+    return names
+
+
 @pytest.fixture(scope="package")
 def transformer():
     torch.manual_seed(0)
@@ -76,6 +109,16 @@ def image_transformer():
 @pytest.fixture
 def original():
     return original_names
+
+
+@pytest.fixture
+def original_vae():
+    return original_vae_names
+
+
+@pytest.fixture
+def original_text():
+    return original_text_names
 
 
 @pytest.fixture(scope="package")
@@ -106,4 +149,4 @@ def vae():
 @pytest.fixture(scope="package")
 def text_encoder():
     torch.manual_seed(0)
-    return UMT5EncoderModel(UMT5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)).eval()
+    return UMT5EncoderModel(UMT5Config(vocab_size=50, d_model=24, d_kv=4, d_ff=32, num_layers=2, num_heads=4)).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from millstream.models.checkpoints.load import check_names
 from millstream.models.checkpoints.names import vae_name
 
 LISTED = json.loads((Path(__file__).parent / "data" / "wanvae_keys.json").read_text())
-
-
-def original_vae(vae):
-    """The published names of a small autoencoder: same structure, so the same names in the same places."""
-    ours = {vae_name(name): name for name in LISTED}
-    return {ours[name]: value for name, value in vae.state_dict().items()}
 
 
 def test_the_full_autoencoder_has_exactly_the_published_tensors():
@@ -39,7 +32,7 @@ def test_names_are_those_of_diffusers_own_converter():
 
 
 @torch.no_grad()
-def test_the_original_file_decodes_the_same(vae, tmp_path):
+def test_the_original_file_decodes_the_same(vae, original_vae, tmp_path):
     torch.save(original_vae(vae), tmp_path / "Wan2.1_VAE.pth")
     loaded = load_vae(tmp_path / "Wan2.1_VAE.pth")
     latents = torch.randn(1, 16, 2, 3, 4)
@@ -66,7 +59,7 @@ def test_without_statistics_it_is_refused(drop, vae, tmp_path):
         load_vae(tmp_path)
 
 
-def test_a_missing_tensor_and_a_foreign_file_are_refused(vae, transformer, tmp_path):
+def test_a_missing_tensor_and_a_foreign_file_are_refused(vae, original_vae, transformer, tmp_path):
     names = original_vae(vae)
     del names["decoder.head.0.gamma"]
     torch.save(names, tmp_path / "vae.pth")
@@ -77,32 +70,9 @@ def test_a_missing_tensor_and_a_foreign_file_are_refused(vae, transformer, tmp_p
         load_vae(tmp_path / "model.pt")
 
 
-def original_text(encoder):
-    """The names of `models_t5_umt5-xxl-enc-bf16.pth`."""
-    table = [
-        (r"encoder\.block\.", "blocks."),
-        (r"encoder\.final_layer_norm", "norm"),
-        (r"layer\.0\.layer_norm", "norm1"),
-        (r"layer\.1\.layer_norm", "norm2"),
-        (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
-        (r"layer\.0\.SelfAttention", "attn"),
-        (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
-        (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"),
-        (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2"),
-        (r"shared", "token_embedding"),
-    ]
-    names = {}
-    for name, value in encoder.state_dict().items():
-        if name != "encoder.embed_tokens.weight":
-            for pattern, replacement in table:
-                name = re.sub(pattern, replacement, name)
-            names[name] = value
-    return names
-
-
 @pytest.mark.parametrize("form", ["original", "folder"])
 @torch.no_grad()
-def test_text_encoders_read_the_same(form, text_encoder, tmp_path):
+def test_text_encoders_read_the_same(form, text_encoder, original_text, tmp_path):
     if form == "original":
         torch.save(original_text(text_encoder), tmp_path / "umt5.pth")
         loaded = load_text_encoder(tmp_path / "umt5.pth")
@@ -113,7 +83,7 @@ def test_text_encoders_read_the_same(form, text_encoder, tmp_path):
     torch.testing.assert_close(loaded(words).last_hidden_state, text_encoder(words).last_hidden_state)
 
 
-def test_a_text_encoder_with_a_hole_is_refused(text_encoder, tmp_path):
+def test_a_text_encoder_with_a_hole_is_refused(text_encoder, original_text, tmp_path):
     names = original_text(text_encoder)
     del names["blocks.1.ffn.fc1.weight"]
     torch.save(names, tmp_path / "umt5.pth")

@@ -1,0 +1,86 @@
+"""Prompts at times: a script of shots that can be written by hand, saved from a session and replayed.
+
+[{"at": 0, "prompt": "a corgi surfs"},
+ {"at": 4.5, "prompt": "the corgi lands on the beach", "switch": "recache"},
+ {"at": 9, "prompt": "night falls", "switch": "lerp"},
+ {"at": 15, "prompt": "a fox in the snow", "switch": "cut"}]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..streaming import Session, VideoControl
+
+
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """From `at` seconds of the video on, this prompt; `switch` as in `VideoControl`.
+
+    Raises:
+        TypeError, ValueError: values that a control would refuse, or a time that is not finite and at least 0.
+    """
+
+    at: float
+    prompt: str
+    switch: str = "keep"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.at, (int, float)) or not (math.isfinite(self.at) and self.at >= 0):
+            raise ValueError(f"a cue's time must be seconds from 0 on, got {self.at!r}")
+        VideoControl(self.prompt, switch=self.switch)  # pyright: ignore[reportArgumentType] (it refuses what is wrong)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Cues in the order of their times, the first at 0. ValueError if they are not."""
+
+    cues: tuple[Cue, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cues", tuple(self.cues))
+        if not self.cues or self.cues[0].at != 0 or any(a.at >= b.at for a, b in pairwise(self.cues)):
+            raise ValueError(f"a timeline begins at 0 and goes on, got cues at {[cue.at for cue in self.cues]}")
+
+    @property
+    def prompt(self) -> str:
+        """What a stream begins with."""
+        return self.cues[0].prompt
+
+    def steer(self, session: Session[Any, VideoControl], seconds: float) -> None:
+        """Let `session`, whose next chunk begins at `seconds`, follow the newest cue that is due by then."""
+        cue = max((cue for cue in self.cues if cue.at <= seconds), key=lambda cue: cue.at)
+        if session.control.prompt != cue.prompt:
+            session.steer(prompt=cue.prompt, switch=cue.switch)
+
+    @staticmethod
+    def of(cues: Iterable[dict[str, Any]]) -> Timeline:
+        """From what JSON holds. ValueError or TypeError names what is wrong."""
+        made = []
+        for number, cue in enumerate(cues):
+            if not isinstance(cue, dict) or not {"at", "prompt"} <= cue.keys() <= {"at", "prompt", "switch"}:
+                raise ValueError(f'cue {number} must be {{"at": seconds, "prompt": words, "switch": how}}, got {cue!r}')
+            made.append(Cue(**cue))
+        return Timeline(tuple(made))
+
+    @staticmethod
+    def load(path: str | Path) -> Timeline:
+        """Read a JSON file. FileNotFoundError, or ValueError if it is no timeline."""
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        if not isinstance(stored, list):
+            raise ValueError(f"{path} must hold a list of cues, got a {type(stored).__name__}")
+        return Timeline.of(stored)
+
+    def save(self, path: str | Path) -> None:
+        """Write what `load` reads."""
+        cues = json.dumps([asdict(cue) for cue in self.cues], indent=1, ensure_ascii=False)
+        Path(path).write_text(cues + "\n", encoding="utf-8")
