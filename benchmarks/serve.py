@@ -4,6 +4,8 @@
     python benchmarks/serve.py --load                   20 sockets for 60 seconds: lost controls, memory, frame age
     python benchmarks/serve.py --load --seconds 5       the same, shorter
 
+benchmarks/serve_worlds.py does the same with a real model.
+
 The server runs in a process of its own, as `millstream serve` does; a Python client stands in for the browser.
 """
 
@@ -17,6 +19,8 @@ import statistics
 import struct
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -73,19 +77,41 @@ class Mirror:
     def end(self, state: Any) -> None: ...
 
 
-def serve(ready: Connection, rate: float, size: tuple[int, int], max_sessions: int) -> None:
+def serve(ready: Connection, rate: float, size: tuple[int, int], max_sessions: int, model: str | None) -> None:
     """The server's process: tells its port, then serves until it is terminated."""
     import torch
 
     from millstream.ui.commands.serve import listen, make_server
     from millstream.ui.server.app import create_app
     from millstream.ui.server.settings import Settings
+    from millstream.ui.world import load_world
 
-    torch.set_num_threads(1)
-    app = create_app(Mirror(rate, size), Settings(max_sessions=max_sessions, idle_seconds=3600))
+    if model is None:
+        torch.set_num_threads(1)
+    pipe = Mirror(rate, size) if model is None else load_world(model)
+    app = create_app(pipe, Settings(max_sessions=max_sessions, idle_seconds=3600))
     listener = listen("127.0.0.1", 0)
     ready.send(listener.getsockname()[1])
     make_server(app, app.state.sessions, None).run(sockets=[listener])
+
+
+@contextmanager
+def served(rate: float, size: tuple[int, int], max_sessions: int, model: str | None = None) -> Iterator[str]:
+    """A server in a process of its own; gives the address of its socket."""
+    import httpx
+
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    server = context.Process(target=serve, args=(there, rate, size, max_sessions, model), daemon=True)
+    server.start()
+    try:
+        place = f"127.0.0.1:{here.recv()}"
+        with httpx.Client(trust_env=False, transport=httpx.HTTPTransport(retries=8)) as browser:
+            browser.get(f"http://{place}/health").raise_for_status()
+        yield f"ws://{place}/live"
+    finally:
+        server.terminate()
+        server.join()
 
 
 class Client:
@@ -255,19 +281,11 @@ def main() -> None:
     rate = arguments.rate or (30.0 if arguments.loopback else 17.5)
     size = CAMERA if arguments.loopback else (96, 128)
 
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    server = context.Process(target=serve, args=(there, rate, size, arguments.sockets), daemon=True)
-    server.start()
-    try:
-        address = f"ws://127.0.0.1:{here.recv()}/live"
+    with served(rate, size, arguments.sockets) as address:
         if arguments.loopback:
             result = asyncio.run(loopback(address, arguments.seconds or 20.0, rate))
         else:
             result = asyncio.run(load(address, arguments.seconds or 60.0, arguments.sockets))
-    finally:
-        server.terminate()
-        server.join()
     json.dump({"machine": machine(), "versions": versions(), "result": result}, sys.stdout, indent=2)
     print()
 

@@ -26,8 +26,8 @@ class Engine:
 
     A paced seat is due when its last step's media has played. A new one joins the beat of those that run, and one that
     fell out of step (a stream's first chunk may be shorter) waits once for the others, so that all go through the model
-    together. Camera seats are due as soon as a picture is there. Every round steps each
-    seat that is due exactly once, so none can take another's turn.
+    together. Camera seats are due as soon as a picture is there. Every round steps each seat that is due exactly once,
+    so none can take another's turn.
 
     Args:
         rate: frames per second of the stream.
