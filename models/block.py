@@ -30,13 +30,15 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 class Context(NamedTuple):
     """What every block of one pass shares: `grid` frames, rows and columns of tokens, and how many neighbouring tokens
-    see each other whole where tokens are mixed linearly."""
+    see each other whole where tokens are mixed linearly. `turn` is `rotary` as complex numbers [B, L, 1, d / 2], where
+    a stream has them ready."""
 
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | BlockMask | None
     cache: KVChunk | None
     grid: tuple[int, int, int]
     block: int
+    turn: Tensor | None = None
 
 
 class Fused(NamedTuple):
@@ -60,7 +62,7 @@ class Attention(nn.Module):
             self.add_k_proj, self.add_v_proj = (nn.Linear(added_kv_proj_dim, dim) for _ in range(2))
             self.norm_added_k = nn.RMSNorm(dim, eps=eps)
         self._fused: Fused | None = None
-        self._places: list[int] = []
+        self._places: list[tuple[nn.Linear, int]] = []
 
     def query(self, x: Tensor) -> Tensor:
         return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
@@ -75,8 +77,10 @@ class Attention(nn.Module):
     def out(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.flatten(-2))
 
-    def rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v [B, L, H, d] of `x`, q and k turned to their positions."""
+    def rotated(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], turn: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, L, H, d] of `x`, q and k turned to their positions; `turn` as in `Context`."""
         if not self._is_fused():
             q, (k, v) = self.query(x), self.keys(x)
             return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
@@ -93,7 +97,11 @@ class Attention(nn.Module):
             return q, k, v
         qk = qkv[..., : 2 * dim].unflatten(-1, (2, dim)).to(torch.promote_types(x.dtype, torch.float32))
         size = torch.rsqrt(qk.square().mean(-1, keepdim=True).add_(self.eps))
-        turned = apply_rotary((qk * (size * self._fused.norm)).view(*x.shape[:2], 2 * self.heads, -1), *rotary)
+        qk = (qk * (size * self._fused.norm)).view(*x.shape[:2], 2 * self.heads, -1)
+        if turn is None:
+            turned = apply_rotary(qk, *rotary)
+        else:
+            turned = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
         q, k = turned.to(x.dtype).split(self.heads, dim=2)
         return q, k, v
 
@@ -111,10 +119,7 @@ class Attention(nn.Module):
         for linear, weight, bias in zip(linears, self._fused.weight.chunk(3), self._fused.bias.chunk(3)):
             linear.weight.data, linear.bias.data = weight, bias
         self.norm_q.weight.data, self.norm_k.weight.data = self._fused.norm.unbind()
-        self._places = self._weights_lie_at()
-
-    def _weights_lie_at(self) -> list[int]:
-        return [linear.weight.data_ptr() for linear in (self.to_q, self.to_k, self.to_v)]
+        self._places = [(linear, linear.weight.data_ptr()) for linear in linears]
 
     def _is_fused(self) -> bool:
         """Are the weights still those that `fuse` laid out, and does nothing but a product stand between?"""
@@ -122,8 +127,11 @@ class Attention(nn.Module):
             return False
         if torch.compiler.is_compiling():  # which cannot see addresses
             return True
-        plain = type(self.to_q) is type(self.to_k) is type(self.to_v) is nn.Linear
-        return plain and self._weights_lie_at() == self._places
+        now = self._modules  # for every layer of every pass is asked: not through the slow attributes of modules
+        return all(
+            now[name] is linear and linear.weight.data_ptr() == place
+            for name, (linear, place) in zip(("to_q", "to_k", "to_v"), self._places)
+        )
 
 
 class Block(nn.Module):
@@ -175,7 +183,7 @@ class Block(nn.Module):
     def self_attention(self, x: Tensor, layer: int, context: Context) -> Tensor:
         if self.mixer is not None:
             return self.attn1.out(self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context))
-        q, k, v = self.attn1.rotated(x, context.rotary)
+        q, k, v = self.attn1.rotated(x, context.rotary, context.turn)
         mask, dtype = context.mask, v.dtype
         if context.cache is not None:
             k, v, mask = context.cache.attend_view(layer, k, v)
@@ -188,7 +196,7 @@ class Block(nn.Module):
         if self.mixer is not None:
             self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context)
             return
-        _, k, v = self.attn1.rotated(x, context.rotary)
+        _, k, v = self.attn1.rotated(x, context.rotary, context.turn)
         context.cache.attend_view(layer, k, v)
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:

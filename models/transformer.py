@@ -184,7 +184,8 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
             raise ValueError("linear layers cannot read a mask; give the window it was made from as well")
         block_frames = frames if window is None else window.block
         rotary = self._rotary(frames, height, width, positions, cache)
-        context = Context(rotary, mask, cache, (frames, height, width), block_frames * height * width)
+        turn = self._turn(rotary, positions, cache)
+        context = Context(rotary, mask, cache, (frames, height, width), block_frames * height * width, turn)
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             x = block(x, condition.six(layer, block), text_keys[layer], layer, context)
         x = self.proj_out(modulated(self.norm_out, x, *condition.head))
@@ -203,7 +204,9 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         if not isinstance(timestep, Condition):
             timestep = self._condition(timestep, given.get("actions"), x.dtype)
         grid, last = self.grid(hidden_states), len(self.blocks) - 1
-        context = Context(self._rotary(*grid, given.get("positions"), cache), None, cache, grid, math.prod(grid))
+        positions = given.get("positions")
+        rotary = self._rotary(*grid, positions, cache)
+        context = Context(rotary, None, cache, grid, math.prod(grid), self._turn(rotary, positions, cache))
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             if layer == last:
                 block.write_keys(x, timestep.six(layer, block), layer, context)
@@ -285,3 +288,11 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         if kind not in cache.memo:
             cache.memo[kind] = rotary_angles(cache.positions, height, width, head_dim)
         return cache.memo[kind]
+
+    def _turn(self, rotary: tuple[Tensor, Tensor], positions: Tensor | None, cache: KVChunk | None) -> Tensor | None:
+        """The angles as complex numbers, for streams on a CPU; other devices and compilers rather have them apart."""
+        if cache is None or positions is not None or rotary[0].device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        if "turn" not in cache.memo:
+            cache.memo["turn"] = torch.complex(*rotary).unsqueeze(-2)
+        return cache.memo["turn"]
