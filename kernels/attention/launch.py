@@ -84,6 +84,7 @@ def attend_blocks(
     block_q: int,
     block_k: int,
     sinks: int,
+    guard: int,
     gathered: bool,
     out_dtype: torch.dtype,
     splits: int = 0,
@@ -130,12 +131,15 @@ def attend_blocks(
         q_rows, k_rows, 0 if mean_k is None else mean_k.shape[2], width, sinks,
         0 if bits is None else bits.shape[-1], heads,
         head_dim=dim, block_q=block_q, block_k=block_k, tile_q=config.tile_q, tile_k=config.tile_k, splits=splits,
-        has_box=at is not None, has_bits=bits is not None, axes=0 if at is None else at.shape[2],
+        guard=guard, has_box=at is not None, has_bits=bits is not None, axes=0 if at is None else at.shape[2],
         centroid=mean_k is not None, first_order=slope is not None,
         has_table=places is not None, has_q_lengths=q_lengths is not None, has_k_lengths=k_lengths is not None,
         full_lengths=k_lengths is not None and gathered,
         has_bias=bias is not None, has_source=q_source is not None, quantize=quantize, v_row=v_scale is None,
-        descriptors=descriptors, exact="tf32x3" if q.dtype == torch.float32 else "tf32", stages=config.stages,
+        descriptors=descriptors,
+        # Past the end of one row's keys lies the next row, which may be NaN; past the last row descriptors read zeros.
+        masked_descriptors=descriptors and (gathered or (k_lengths is None and batch == 1)),
+        exact="tf32x3" if q.dtype == torch.float32 else "tf32", stages=config.stages,
         num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return (out[0], lse[0]) if splits == 1 else merge_stacked(out, lse, out_dtype)
@@ -181,7 +185,7 @@ operator = torch.library.custom_op(
         "Tensor? q_lengths, Tensor? k_lengths, Tensor? bias, Tensor? q_source, Tensor? low, Tensor? high, Tensor? at, "
         "Tensor? bits, Tensor? mean_k, Tensor? mean_v, Tensor? log_count, Tensor? listed, Tensor? slope, "
         "Tensor? q_scale, Tensor? k_scale, Tensor? v_scale, float scale, int block_q, int block_k, int sinks, "
-        "bool gathered, ScalarType out_dtype) -> (Tensor, Tensor)"
+        "int guard, bool gathered, ScalarType out_dtype) -> (Tensor, Tensor)"
     ),
 )
 

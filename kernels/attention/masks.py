@@ -26,12 +26,45 @@ class BoxMask:
     Attributes:
         low, high: [B or 1, H or 1, axes, query slots]; `high < low` on any axis: the query sees nothing but sinks.
         at: [B or 1, H or 1, axes, key slots], the coordinates of the keys.
+        fields: where several axes lie in one word, their (shift, bits); `axes` is 1 then, and there are no sinks. Each
+            field has a spare bit above it, so that one subtraction compares all axes: a few instructions per score
+            instead of dozens.
     """
 
     low: Tensor
     high: Tensor
     at: Tensor
     sinks: int = -UNBOUNDED
+    fields: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def packed(cls, low: Tensor, high: Tensor, at: Tensor, sizes: Sequence[int]) -> BoxMask:
+        """The mask with its axes in one word, if they fit: `at` lies in [0, size) on each axis, and no box is empty."""
+        bits = [max(1, (size - 1).bit_length()) for size in sizes]
+        if sum(bits) + len(bits) > 31:
+            return cls(low, high, at)
+        shifts = [sum(bits[:axis]) + axis for axis in range(len(bits))]
+        last = torch.tensor(sizes, device=at.device)[:, None] - 1
+        spread = torch.tensor(shifts, device=at.device)[:, None]
+        low, high, at = (
+            (x.clamp_min(0).minimum(last) << spread).sum(2, keepdim=True).to(torch.int32) for x in (low, high, at)
+        )
+        return cls(low, high, at, fields=tuple(zip(shifts, bits)))
+
+    @property
+    def guard(self) -> int:
+        """The spare bits of all fields; 0 where the axes lie apart."""
+        return sum(1 << (shift + bits) for shift, bits in self.fields)
+
+    def _axes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """low, high and at with their axes apart."""
+        if not self.fields:
+            return self.low, self.high, self.at
+        low, high, at = (
+            torch.cat([(x >> shift) & ((1 << bits) - 1) for shift, bits in self.fields], 2)
+            for x in (self.low, self.high, self.at)
+        )
+        return low, high, at
 
     def padded(self, q_slots: int, k_slots: int) -> BoxMask:
         """The same mask up to whole blocks; the last token is repeated, for lengths say where tokens end."""
@@ -53,9 +86,7 @@ class BoxMask:
         Exact for blocks that are boxes of the grid themselves; otherwise a block may be kept that holds nothing, and a
         full one may count as masked, both of which cost time only.
         """
-        low, high, at = (
-            _split(x, size) for x, size in ((self.low, block[0]), (self.high, block[0]), (self.at, block[1]))
-        )
+        low, high, at = (_split(x, size) for x, size in zip(self._axes(), (block[0], block[0], block[1])))
         low_min, low_max = (x.unsqueeze(-1) for x in low.aminmax(dim=-1))
         high_min, high_max = (x.unsqueeze(-1) for x in high.aminmax(dim=-1))
         at_min, at_max = (x.unsqueeze(-2) for x in at.aminmax(dim=-1))
@@ -67,11 +98,12 @@ class BoxMask:
 
     def visible(self, indices: Tensor, block: tuple[int, int]) -> Tensor:
         """Bool [B, H, NQ, block_q, block_k]: what each query block sees of the key block `indices` [B, H, NQ]."""
-        at = _split(self.at, block[1])  # [B, H, axes, NK, block_k]
+        lows, highs, ats = self._axes()
+        at = _split(ats, block[1])  # [B, H, axes, NK, block_k]
         at = at.expand(*indices.shape[:2], *at.shape[2:])
         choice = indices.long()[:, :, None, :, None].expand(-1, -1, at.shape[2], -1, block[1])
         at = at.gather(3, choice).unsqueeze(-2)
-        low, high = (_split(x, block[0]).unsqueeze(-1) for x in (self.low, self.high))
+        low, high = (_split(x, block[0]).unsqueeze(-1) for x in (lows, highs))
         inside = ((at >= low) & (at <= high)).all(2)
         return inside | ((at < self.sinks) & (at <= high))[:, :, 0]
 
@@ -173,7 +205,7 @@ def window_mask(
     """
     axes = len(grid)
     strides, dilations, causals = (_per_axis(x, axes) for x in (stride, dilation, causal))
-    lows, highs, ats = [], [], []
+    lows, highs, ats, sizes = [], [], [], []
     for a in range(axes):
         n, size, st, d = grid[a], kernel[a], strides[a], dilations[a]
         if size < 1 or size * d > n or not 1 <= st <= size or d < 1:
@@ -194,11 +226,13 @@ def window_mask(
             lows.append(centre - size // 2)
             highs.append(centre + size // 2 + size % 2 - 1)
         ats.append(at)
+        sizes.append(-(-n // d))
         if d > 1:
             for bounds in (lows, highs, ats):
                 bounds.append(group)
+            sizes.append(d)
     low, high, at = (torch.stack(x)[None, None].to(torch.int32) for x in (lows, highs, ats))
-    return BoxMask(low, high, at)
+    return BoxMask.packed(low, high, at, sizes)
 
 
 def _per_axis(value, axes: int) -> tuple:

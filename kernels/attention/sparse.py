@@ -147,6 +147,7 @@ def operands(
         None if eight is None else eight.q_scale, None if eight is None else eight.k_scale,
         None if eight is None else eight.v_scale,
         scale, plan.block[0], plan.block[1], -(2**31 - 2) if box is None else box.sinks,
+        0 if box is None else box.guard,
         plan.permutation is not None and plan.permutation.k_source is not None, dtype or q.dtype,
     )  # fmt: skip
 

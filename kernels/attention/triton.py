@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_parts import box_visible, listed, packed_box_visible, softmax_step, tile
+
 # Finite, so that a row that has seen nothing yet subtracts to 0 instead of NaN; far below any score in use.
 FLOOR = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -23,72 +25,15 @@ CENTROIDS = tl.constexpr(64)  # centroids per step
 
 
 @triton.jit
-def _softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.constexpr, p_scale: tl.constexpr):
-    """Online softmax over `scores * factor + offset` (factor > 0, scalars); returns the three running values."""
-    above = tl.maximum(highest, tl.max(scores, 1) * factor + offset)
-    p = tl.exp2(scores * factor - (above - offset)[:, None])
-    decay = tl.exp2(highest - above)
-    total = total * decay + tl.sum(p, 1)
-    acc = acc * decay[:, None]
-    if p_scale == 1.0:
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=exact)
-    else:
-        # 8-bit: the tensor cores add with 14 bits, so only one tile is summed there, and the rest in registers.
-        acc += tl.dot((p * p_scale).to(v.dtype), v)
-    return acc, total, above
-
-
-@triton.jit
-def _box_visible(visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, q_stride, k_stride, axes: tl.constexpr, sinks):
-    """`visible` and the query's box holds the key, on every axis; keys below `sinks` on axis 0 need no lower bound."""
-    inside = visible
-    early = visible
-    for axis in tl.static_range(axes):
-        at = tl.load(at_ptr + axis * k_stride + k_slots)[None, :]
-        low = tl.load(low_ptr + axis * q_stride + q_slots)[:, None]
-        high = tl.load(high_ptr + axis * q_stride + q_slots)[:, None]
-        inside = inside & (at >= low) & (at <= high)
-        if axis == 0:
-            early = early & (at < sinks) & (at <= high)
-    return inside | early
-
-
-@triton.jit
-def _listed(indices_ptr, places_ptr, position, end, has_table: tl.constexpr):
-    """The block at `position` of a list that ends at `end`, and where it lies in memory; block 0 past the end."""
-    block = tl.load(indices_ptr + position, mask=position < end, other=0)
-    place = tl.load(places_ptr + position, mask=position < end, other=0) if has_table else block
-    return block, place
-
-
-@triton.jit
-def _tile(
-    ptr, desc, desc_row, desc_column, row, stride, d_stride, rows,
-    count: tl.constexpr, width: tl.constexpr, use_desc: tl.constexpr, turned: tl.constexpr,
-):  # fmt: skip
-    """Rows `row ... row + count` of keys or values, [count, width]; zeros past `rows`."""
-    if use_desc:
-        if turned:
-            tile = tl.trans(desc.load([desc_column, desc_row]))
-        else:
-            tile = desc.load([desc_row, desc_column])
-    else:
-        at = row + tl.arange(0, count)
-        offsets = at.to(tl.int64)[:, None] * stride + tl.arange(0, width)[None, :] * d_stride
-        tile = tl.load(ptr + offsets, mask=(at < rows)[:, None], other=0.0)
-    return tile
-
-
-@triton.jit
 def _walk(
-    acc, total, highest, q, q_slots, q_valid, factor, start, end,
+    acc, total, highest, q, q_slots, factor, start, end,
     k_ptr, v_ptr, k_desc, v_desc, k_first, k_column, v_first, v_column, k_sl, v_sl, v_sd, k_rows,
     indices_ptr, places_ptr, k_lengths_ptr, bias_ptr, k_scale_ptr,
     low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
     head_dim: tl.constexpr, block_k: tl.constexpr, tile_k: tl.constexpr,
-    masked: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr, has_table: tl.constexpr,
-    has_k_lengths: tl.constexpr, full_lengths: tl.constexpr, has_bias: tl.constexpr, quantize: tl.constexpr,
-    v_row: tl.constexpr, descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
+    masked: tl.constexpr, guard: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr,
+    has_table: tl.constexpr, has_k_lengths: tl.constexpr, full_lengths: tl.constexpr, has_bias: tl.constexpr,
+    quantize: tl.constexpr, v_row: tl.constexpr, descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """Attend to the blocks listed at `start ... end`.
 
@@ -97,21 +42,23 @@ def _walk(
     """
     parts: tl.constexpr = block_k // tile_k
     p_scale: tl.constexpr = 256.0 if quantize == "fp8" else 1.0
-    block, place = _listed(indices_ptr, places_ptr, start, end, has_table)
+    if masked and guard:
+        low, high = tl.load(low_ptr + q_slots), tl.load(high_ptr + q_slots)
+    block, place = listed(indices_ptr, places_ptr, start, end, has_table)
     slot = block * block_k
     row = place * block_k
-    k = _tile(k_ptr, k_desc, k_first + row, k_column, row, k_sl, 1, k_rows, tile_k, head_dim, descriptors, False)
+    k = tile(k_ptr, k_desc, k_first + row, k_column, row, k_sl, 1, k_rows, tile_k, head_dim, descriptors, False)
     scores = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
-    block, place = _listed(indices_ptr, places_ptr, start + 1 // parts, end, has_table)
+    block, place = listed(indices_ptr, places_ptr, start + 1 // parts, end, has_table)
     for i in tl.range(start * parts, end * parts, num_stages=stages):
         # Products, not plain copies of the list entries: Triton pipelines no loop that carries a value two steps on.
         next_slot = block * block_k + (i + 1) % parts * tile_k
         next_row = place * block_k + (i + 1) % parts * tile_k
-        k = _tile(
+        k = tile(
             k_ptr, k_desc, k_first + next_row, k_column, next_row,
             k_sl, 1, k_rows, tile_k, head_dim, descriptors, False,
         )  # fmt: skip
-        v = _tile(
+        v = tile(
             v_ptr, v_desc, v_first + row, v_column, row, v_sl, v_sd, k_rows, tile_k, head_dim, descriptors, not v_row
         )
         next_scores = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
@@ -124,9 +71,11 @@ def _walk(
                 k_valid = k_valid & known
                 if not full_lengths:  # the padding may be NaN
                     v = tl.where(known[:, None], v, 0.0)
-            visible = q_valid[:, None] & k_valid[None, :]
-            if has_box:
-                visible = _box_visible(visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, low_sa, at_sa, axes, sinks)
+            visible = tl.broadcast_to(k_valid[None, :], scores.shape)
+            if guard:
+                visible = packed_box_visible(visible, low, high, at_ptr, k_slots, guard)
+            elif has_box:
+                visible = box_visible(visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, low_sa, at_sa, axes, sinks)
             if has_bits:
                 words = tl.load(bits_ptr + q_slots.to(tl.int64) * bits_width + here // 32)
                 visible = visible & ((words >> (here % 32)) & 1 != 0)[:, None]
@@ -141,9 +90,9 @@ def _walk(
         offset = 0.0
         if has_bias:
             offset = tl.load(bias_ptr + here) * LOG2_E
-        acc, total, highest = _softmax_step(acc, total, highest, scores, tile_factor, offset, v, exact, p_scale)
+        acc, total, highest = softmax_step(acc, total, highest, scores, tile_factor, offset, v, exact, p_scale)
         scores, slot, row = next_scores, next_slot, next_row
-        block, place = _listed(indices_ptr, places_ptr, (i + 2) // parts, end, has_table)
+        block, place = listed(indices_ptr, places_ptr, (i + 2) // parts, end, has_table)
     return acc, total, highest
 
 
@@ -170,18 +119,18 @@ def attend_kernel(
     q_rows, k_rows, key_blocks, width, sinks, bits_width, heads,
     head_dim: tl.constexpr, block_q: tl.constexpr, block_k: tl.constexpr,
     tile_q: tl.constexpr, tile_k: tl.constexpr, splits: tl.constexpr,
-    has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr,
+    guard: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr,
     centroid: tl.constexpr, first_order: tl.constexpr,
     has_table: tl.constexpr, has_q_lengths: tl.constexpr, has_k_lengths: tl.constexpr, full_lengths: tl.constexpr,
     has_bias: tl.constexpr, has_source: tl.constexpr, quantize: tl.constexpr, v_row: tl.constexpr,
-    descriptors: tl.constexpr,    exact: tl.constexpr, stages: tl.constexpr,
+    descriptors: tl.constexpr, masked_descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    query_tile = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     split = tl.program_id(2)
-    query_block = tile * tile_q // block_q
-    q_slots = tile * tile_q + tl.arange(0, tile_q)
+    query_block = query_tile * tile_q // block_q
+    q_slots = query_tile * tile_q + tl.arange(0, tile_q)
     channels = tl.arange(0, head_dim)
 
     rows = q_slots
@@ -238,21 +187,25 @@ def attend_kernel(
 
     # Full blocks without any mask code, then masked ones.
     acc, total, highest = _walk(
-        acc, total, highest, q, q_slots, q_valid, factor, first, tl.minimum(last, n_full),
+        acc, total, highest, q, q_slots, factor, first, tl.minimum(last, n_full),
         k_ptr, v_ptr, k_desc, v_desc, k_first, k_column, v_first, v_column, k_sl, v_sl, v_sd, k_rows,
         indices_ptr, places_ptr, k_lengths_ptr, bias_ptr, k_scale_ptr,
         low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
-        head_dim, block_k, tile_k, False, has_box, has_bits, axes, has_table, has_k_lengths, full_lengths, has_bias,
+        head_dim, block_k, tile_k, False, guard, has_box, has_bits, axes,
+        has_table, has_k_lengths, full_lengths, has_bias,
         quantize, v_row, descriptors, exact, stages,
     )  # fmt: skip
-    acc, total, highest = _walk(
-        acc, total, highest, q, q_slots, q_valid, factor, tl.maximum(first, n_full), last,
-        k_ptr, v_ptr, k_desc, v_desc, k_first, k_column, v_first, v_column, k_sl, v_sl, v_sd, k_rows,
-        indices_ptr, places_ptr, k_lengths_ptr, bias_ptr, k_scale_ptr,
-        low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
-        head_dim, block_k, tile_k, True, has_box, has_bits, axes, has_table, has_k_lengths, full_lengths, has_bias,
-        quantize, v_row, False, exact, stages,
-    )  # fmt: skip
+    masked_start = tl.maximum(first, n_full)
+    if masked_start < last:
+        acc, total, highest = _walk(
+            acc, total, highest, q, q_slots, factor, masked_start, last,
+            k_ptr, v_ptr, k_desc, v_desc, k_first, k_column, v_first, v_column, k_sl, v_sl, v_sd, k_rows,
+            indices_ptr, places_ptr, k_lengths_ptr, bias_ptr, k_scale_ptr,
+            low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
+            head_dim, block_k, tile_k, True, guard, has_box, has_bits, axes,
+            has_table, has_k_lengths, full_lengths, has_bias,
+            quantize, v_row, masked_descriptors, exact, stages,
+        )  # fmt: skip
 
     if quantize == "fp8":
         v_scale = tl.load(v_scale_ptr + tl.program_id(1) * head_dim + channels)

@@ -1,0 +1,74 @@
+"""Steps of the block-sparse kernel: online softmax, what a box shows, list entries, tiles of keys and values."""
+
+from __future__ import annotations
+
+# Triton's language is read as Python, but it is another.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.constexpr, p_scale: tl.constexpr):
+    """Online softmax over `scores * factor + offset` (factor > 0, scalars); returns the three running values."""
+    above = tl.maximum(highest, tl.max(scores, 1) * factor + offset)
+    p = tl.exp2(scores * factor - (above - offset)[:, None])
+    decay = tl.exp2(highest - above)
+    total = total * decay + tl.sum(p, 1)
+    acc = acc * decay[:, None]
+    if p_scale == 1.0:
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=exact)
+    else:
+        # 8-bit: the tensor cores add with 14 bits, so only one tile is summed there, and the rest in registers.
+        acc += tl.dot((p * p_scale).to(v.dtype), v)
+    return acc, total, above
+
+
+@triton.jit
+def packed_box_visible(visible, low, high, at_ptr, k_slots, guard: tl.constexpr):
+    """`visible` and the box holds the key, all axes in one word: spare bits survive where no field was too small."""
+    at = tl.load(at_ptr + k_slots)[None, :]
+    inside = ((at | guard) - low[:, None]) & ((high | guard)[:, None] - at) & guard
+    return visible & (inside == guard)
+
+
+@triton.jit
+def box_visible(visible, low_ptr, high_ptr, at_ptr, q_slots, k_slots, q_stride, k_stride, axes: tl.constexpr, sinks):
+    """`visible` and the query's box holds the key, on every axis; keys below `sinks` on axis 0 need no lower bound."""
+    inside = visible
+    early = visible
+    for axis in tl.static_range(axes):
+        at = tl.load(at_ptr + axis * k_stride + k_slots)[None, :]
+        low = tl.load(low_ptr + axis * q_stride + q_slots)[:, None]
+        high = tl.load(high_ptr + axis * q_stride + q_slots)[:, None]
+        inside = inside & (at >= low) & (at <= high)
+        if axis == 0:
+            early = early & (at < sinks) & (at <= high)
+    return inside | early
+
+
+@triton.jit
+def listed(indices_ptr, places_ptr, position, end, has_table: tl.constexpr):
+    """The block at `position` of a list that ends at `end`, and where it lies in memory; block 0 past the end."""
+    block = tl.load(indices_ptr + position, mask=position < end, other=0)
+    place = tl.load(places_ptr + position, mask=position < end, other=0) if has_table else block
+    return block, place
+
+
+@triton.jit
+def tile(
+    ptr, desc, desc_row, desc_column, row, stride, d_stride, rows,
+    count: tl.constexpr, width: tl.constexpr, use_desc: tl.constexpr, turned: tl.constexpr,
+):  # fmt: skip
+    """Rows `row ... row + count` of keys or values, [count, width]; zeros past `rows`."""
+    if use_desc:
+        if turned:
+            tile = tl.trans(desc.load([desc_column, desc_row]))
+        else:
+            tile = desc.load([desc_row, desc_column])
+    else:
+        at = row + tl.arange(0, count)
+        offsets = at.to(tl.int64)[:, None] * stride + tl.arange(0, width)[None, :] * d_stride
+        tile = tl.load(ptr + offsets, mask=(at < rows)[:, None], other=0.0)
+    return tile
