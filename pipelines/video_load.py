@@ -65,14 +65,13 @@ def load_components(
     transformer = load_transformer(checkpoint or need(found, "transformer", folder), config=config, lora=lora, **how)
     vae = load_vae(need(found, "vae", folder), **how)
     reads = "text_encoder" in found
+    tokenizer = need(found, "tokenizer", folder) if reads else None
     return {
         **{name: saved[name] for name in ("size", "rate", "text_length") if name in saved},
         "transformer": transformer,
         "vae": vae,
         "text_encoder": load_text_encoder(found["text_encoder"], **how) if reads else None,
-        "tokenizer": AutoTokenizer.from_pretrained(need(found, "tokenizer", folder))
-        if reads and not headers_only
-        else None,
+        "tokenizer": AutoTokenizer.from_pretrained(tokenizer) if tokenizer and not headers_only else None,
         "recipe": chosen,
         "decoder": _load_decoder(folder, decoder, how),
     }
@@ -94,13 +93,13 @@ def load_tiny_decoder(
     stored = {name: value for name, value in stored.items() if name.startswith("decoder.")}
     if "decoder.1.weight" not in stored or "decoder.22.weight" not in stored:
         raise ValueError(f"{source} holds no TAEHV decoder: decoder.1.weight and decoder.22.weight are not in it")
-    widths = [
-        stored[f"decoder.{layer}.weight"].shape[0] for layer in (1, 8, 14, 20) if f"decoder.{layer}.weight" in stored
-    ]
+    layers = [stored.get(f"decoder.{layer}.weight") for layer in (1, 8, 14, 20)]
+    widths = [weight.shape[0] for weight in layers if weight is not None]
     patch = round((stored["decoder.22.weight"].shape[0] / 3) ** 0.5)
     with torch.device("meta"):
-        decoder = TinyVideoDecoder(stored["decoder.1.weight"].shape[1], patch, widths)
-    return fill(decoder, stored, source, torch_dtype).to(memory_format=torch.channels_last).eval()
+        decoder: Any = TinyVideoDecoder(stored["decoder.1.weight"].shape[1], patch, widths)
+    fill(decoder, stored, source, torch_dtype)
+    return decoder.to(memory_format=torch.channels_last).eval()
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
