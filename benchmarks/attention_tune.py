@@ -21,8 +21,8 @@ def candidates() -> Iterator[tuple[int, tuple[int, int], float, Config]]:
             Config(128, 128, 8, 2),
             Config(128, 64, 8, 4),
             Config(128, 64, 4, 2),
+            Config(64, 64, 4, 2),
             Config(64, 64, 4, 3),
-            Config(64, 128, 4, 2),
         ):
             yield 128, (128, 128), density, config
     for config in (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 8, 3)):

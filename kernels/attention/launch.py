@@ -40,7 +40,8 @@ def choose_config(block: tuple[int, int], head_dim: int, dtype: torch.dtype, sha
     if small:
         tile_k = 64
     warps = 8 if tile_q == 128 else 4
-    return Config(tile_q, tile_k, warps, 2 if small else 3)
+    # Small tiles wait less for memory than for one another: two programs per multiprocessor, if both fit.
+    return Config(tile_q, tile_k, warps, 2 if small or (tile_q == 64 and head_dim == 128) else 3)
 
 
 def choose_splits(programs: int, processors: int, width: int) -> int:
