@@ -45,6 +45,13 @@ def grid_places(sides: Sequence[int]) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(side) for side in sides)).reshape(-1, len(sides))
 
 
+def causal_mask(prefix: int, tokens: int, device: torch.device) -> Tensor:
+    """bool [prefix + tokens] squared: the prefix sees itself, a token the prefix and the tokens up to itself."""
+    mask = torch.ones(prefix + tokens, prefix + tokens, dtype=torch.bool, device=device).tril()
+    mask[:prefix, :prefix] = True
+    return mask
+
+
 class KeysValues:
     """Keys and values of one layer, [B, capacity, H, d]: filled from the front, never moved."""
 

@@ -23,7 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .packed import PackedModelMixin
-from .token_layers import Heads, KeysValues, Rotary, Stack, Where, axial_angles, grid_places
+from .token_layers import Heads, KeysValues, Rotary, Stack, Where, axial_angles, causal_mask, grid_places
 
 Kind = Literal["two_pass", "masked", "causal", "scales"]
 
@@ -56,6 +56,8 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         num_cross_layers: layers of the second pass; of kind two_pass only.
         text_dim: width of the prompt's tokens.
         scale_sides: sides of the square maps, coarse to fine; of kind "scales" only.
+        learned_positions: add a learnt vector for every place. By rotation alone a query knows its place only from whom
+            it attends to, which a model of few layers learns slowly.
 
     Raises:
         ValueError: a kind that does not exist or sizes that contradict it.
@@ -75,6 +77,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         text_dim: int = 128,
         token_channels: int | None = None,
         scale_sides: Sequence[int] | None = None,
+        learned_positions: bool = False,
     ) -> None:
         super().__init__()
         _check(kind, grid, num_cross_layers, scale_sides)
@@ -93,6 +96,9 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             self.scale_embedding = nn.Parameter(torch.randn(len(scale_sides or ()), dim) * 0.02)
         self.norm_out = nn.RMSNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, vocab_size, bias=False) if token_channels is None else nn.Identity()
+        if learned_positions:
+            places = len(_places(grid, scale_sides))
+            self.position_embedding = nn.Parameter(torch.randn(places, dim) * 0.02)
         cos, sin = axial_angles(_places(grid, scale_sides), dim // num_heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -101,7 +107,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
     def _initialise(self) -> None:
         """Small at first: what a residual layer adds shrinks with depth, and the head begins near uniform."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2 and name not in ("scale_embedding",):
+            if parameter.ndim == 2 and not name.endswith("_embedding"):
                 nn.init.normal_(parameter, std=0.02)
         depth = self.config["num_layers"] + self.config["num_cross_layers"]
         for name, parameter in self.named_parameters():
@@ -158,7 +164,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             return self._out(x[:, prefix.shape[1] :])
         if kind == "scales":
             return self._scales(tokens, prefix)
-        x = torch.cat([prefix, self.token_embedding(tokens[:, :-1])], dim=1)
+        x = torch.cat([prefix, self._placed(self.token_embedding(tokens), None)[:, :-1]], dim=1)
         mask = causal_mask(prefix.shape[1], self.tokens - 1, x.device)
         cos, sin = self.rotary(None, prefix.shape[1])
         x = self.self_decoder(x, Where((cos[:-1], sin[:-1]), mask))
@@ -167,11 +173,12 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
     def _two_pass(self, tokens: Tensor, prefix: Tensor, order: Tensor) -> Tensor:
         index = order if tokens.ndim == 2 else order[..., None].expand(-1, -1, tokens.shape[2])
         shown = order[:, :-1]
-        x = torch.cat([prefix, self.token_embedding(tokens.gather(1, index)[:, :-1])], dim=1)
+        known = self._placed(self.token_embedding(tokens.gather(1, index)[:, :-1]), shown)
+        x = torch.cat([prefix, known], dim=1)
         mask = causal_mask(prefix.shape[1], shown.shape[1], x.device)
         rotary = self.rotary(shown, prefix.shape[1])
         k, v = self._share(self.self_decoder(x, Where(rotary, mask)), rotary)
-        queries = self.mask_embedding.expand(*order.shape, -1)
+        queries = self._queries(order)
         # The query of the i-th token sees the prompt and the i tokens before it: the mask's rows from the last prompt
         # token on.
         where = Where(self.rotary(order), mask[prefix.shape[1] - 1 :])
@@ -185,7 +192,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         )
         first = self.mask_embedding.expand(prefix.shape[0], 1, -1)
         x = torch.cat([first, self.token_embedding(inputs)], dim=1) + self.scale_embedding[scale]
-        x = torch.cat([prefix, x], dim=1)
+        x = torch.cat([prefix, self._placed(x, None)], dim=1)
         level = torch.cat([scale.new_full((prefix.shape[1],), -1), scale])
         x = self.self_decoder(x, Where(self.rotary(None, prefix.shape[1]), level[:, None] >= level[None]))
         return self._out(x[:, prefix.shape[1] :])
@@ -210,7 +217,8 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         if places.shape[1] == 0:
             return
         rotary = self.rotary(places)
-        x = self.self_decoder(self.token_embedding(tokens), Where(rotary, None, cache.layers))
+        x = self._placed(self.token_embedding(tokens), places)
+        x = self.self_decoder(x, Where(rotary, None, cache.layers))
         if cache.shared is not None:
             cache.shared.append(*self._share(x, rotary))
         cache.last.copy_(x[:, -1:])
@@ -219,8 +227,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         """Logits [B, n, V] (or conditions) at open `places` [B, n]; of kind causal, of the one that comes next."""
         if cache.shared is None:
             return self._out(cache.last)
-        queries = self.mask_embedding.expand(*places.shape, -1)
-        return self._out(self.cross_decoder(queries, Where(self.rotary(places)), *cache.shared.kept()))
+        return self._out(self.cross_decoder(self._queries(places), Where(self.rotary(places)), *cache.shared.kept()))
 
     def predict_scale(self, level: int, given: Tensor | None, cache: TokenCache) -> Tensor:
         """Logits [B, n, V] of a whole scale from its input [B, n, C] (None for the first), kept in the cache."""
@@ -230,7 +237,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         x = self.mask_embedding.expand(batch, 1, -1) if given is None else self.token_embedding(given)
         x = x + self.scale_embedding[level]
         places = torch.arange(first, first + x.shape[1], device=x.device)
-        return self._out(self.self_decoder(x, Where(self.rotary(places), None, cache.layers)))
+        return self._out(self.self_decoder(self._placed(x, places), Where(self.rotary(places), None, cache.layers)))
 
     def predict_masked(self, tokens: Tensor, known: Tensor, cache: TokenCache, places: Tensor) -> Tensor:
         """Kind masked: logits [B, n, V] at `places` [B, n] alone, computed anew; all others keep their cached keys.
@@ -243,7 +250,16 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         return self._out(self.self_decoder(x, Where(self.rotary(places), None, cache.layers, places + prefix)))
 
     def _shown(self, tokens: Tensor, known: Tensor) -> Tensor:
-        return torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding)
+        return self._placed(torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding), None)
+
+    def _queries(self, places: Tensor) -> Tensor:
+        return self._placed(self.mask_embedding.expand(*places.shape, -1), places)
+
+    def _placed(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """`x` [B, n, D] at `places` [B, n] (None: all, in order) with the learnt vectors of those places."""
+        if not self.config["learned_positions"]:
+            return x
+        return x + (self.position_embedding if places is None else self.position_embedding[places])
 
     def _share(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """The one pair of keys and values [B, L, H, d] that every layer of the second pass looks at."""
@@ -263,13 +279,6 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
 
 
 _EXTRA = {"two_pass": "order=", "masked": "known=", "causal": "tokens alone", "scales": "the scales' inputs alone"}
-
-
-def causal_mask(prefix: int, tokens: int, device: torch.device) -> Tensor:
-    """bool [prefix + tokens] squared: the prefix sees itself, a token the prefix and the tokens up to itself."""
-    mask = torch.ones(prefix + tokens, prefix + tokens, dtype=torch.bool, device=device).tril()
-    mask[:prefix, :prefix] = True
-    return mask
 
 
 def _places(grid: Sequence[int], scale_sides: Sequence[int] | None) -> Tensor:

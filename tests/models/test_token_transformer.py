@@ -27,7 +27,8 @@ SIZES = {
 def model(kind: Kind, **changes: object) -> TokenTransformer:
     torch.manual_seed(0)
     cross = 2 if kind == "two_pass" else 0
-    made = TokenTransformer(kind=kind, num_cross_layers=cross, **{**SIZES, **changes})  # type: ignore[arg-type]
+    sizes = {**SIZES, "learned_positions": True, **changes}
+    made = TokenTransformer(kind=kind, num_cross_layers=cross, **sizes)  # type: ignore[arg-type]
     for parameter in made.parameters():  # far from the quiet start, where a wrong mask would not be seen
         torch.nn.init.normal_(parameter, std=0.3)
     return made.eval()

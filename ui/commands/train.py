@@ -11,10 +11,15 @@ RECIPES = {
     "world": "train the world model",
     "distill": "make it draw in two steps",
     "pack": "put codec and world into one small folder",
+    "emoji-data": "collect named pictures",
+    "emoji-codec": "train the autoencoder of picture tokens",
+    "emoji": "train the model that draws pictures from words",
+    "emoji-pack": "put both into one small folder",
+    "emoji-evaluate": "measure whether the drawn pictures are recognised",
 }
 USAGE = f"""usage: millstream train RECIPE ...
 
-{chr(10).join(f"  {name:8}{what}" for name, what in RECIPES.items())}
+{chr(10).join(f"  {name:16}{what}" for name, what in RECIPES.items())}
 
 millstream train RECIPE --help lists a recipe's options."""
 
@@ -43,4 +48,4 @@ def run_recipe(words: list[str]) -> int:
 
 
 def _main_of(module: str, words: list[str]) -> int:
-    return import_module(f"...training.{module}", __package__).main(words) or 0
+    return import_module(f"...training.{module.replace('-', '_')}", __package__).main(words) or 0
