@@ -19,6 +19,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.norm_silu import norm_silu
+
 PICTURES_PER_LATENT = 4
 
 
@@ -160,7 +162,7 @@ class StreamCodec:
         if norm is None:
             new.copy_(x)
         else:
-            norm_silu(x, norm, out=new)
+            norm_silu(x, norm.gamma, out=new)
         kept.copy_(both[:, :, -kept.shape[2] :])
         pad_w, _, pad_h, _, _, _ = (int(pad) for pad in conv._padding)
         return F.conv3d(both, conv.weight, conv.bias, conv.stride, (0, pad_h, pad_w))  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -194,12 +196,6 @@ def statistics(vae: AutoencoderKLWan) -> tuple[tuple[float, ...], tuple[float, .
             )
         found.append(tuple(map(float, values)))
     return found[0], found[1]
-
-
-def norm_silu(x: Tensor, norm: WanRMS_norm, *, out: Tensor) -> None:
-    """silu(norm(x)) into `out`, both [B, C, T, h, w]: `x` over its length in the channels, times gamma sqrt(C)."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
-    torch.ops.aten.silu.out((x / length).mul_(norm.gamma * norm.scale).to(out.dtype), out=out)
 
 
 def keeps_frames(name: str, module: nn.Module) -> bool:

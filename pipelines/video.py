@@ -223,14 +223,7 @@ class VideoPipeline(VideoStreamer):
     @torch.no_grad()
     def begin(self, control: VideoControl, *, generator: torch.Generator | None = None) -> VideoState:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))
-        with self._sharing:
-            history = torch.zeros(self.latent_size, device=self.transformer.device)[:, None]
-            return VideoState(
-                rows=self.take_rows(),
-                seed=seed,
-                decoding=self._decoder.begin(*self.size),
-                history=history.repeat(1, self.recipe.window, 1, 1),
-            )
+        return self.fresh(seed)
 
     @torch.no_grad()
     def advance(
@@ -268,7 +261,7 @@ class VideoPipeline(VideoStreamer):
     @torch.no_grad()
     def load(self, leaves: Leaves) -> VideoState:
         with self._sharing:
-            state = self.begin(VideoControl())
+            state = self.fresh(0)
             try:
                 self.put_back(state, leaves)
             except BaseException:

@@ -51,12 +51,16 @@ class VideoStreamer(VideoDrawer):
         self._arena = self._still = None
         return super().to(*args, **kwargs)
 
-    def take_rows(self) -> list[int]:
-        """Fresh rows for one stream; the arena follows the weights to another device while nothing runs."""
+    def fresh(self, seed: int) -> VideoState:
+        """A stream with nothing in it; the arena follows the weights to another device while nothing runs."""
         model = self.transformer
-        if not self.arena.in_use and (self.arena.device, self.arena.dtype) != (model.device, model.dtype):
-            self._arena = None
-        return [self.arena.take() for _ in range(self.recipe.rows)]
+        with self._sharing:
+            if not self.arena.in_use and (self.arena.device, self.arena.dtype) != (model.device, model.dtype):
+                self._arena = None
+            channels, height, width = self.latent_size
+            history = torch.zeros((channels, self.recipe.window, height, width), device=model.device)
+            decoding = self._decoder.begin(*self.size)
+            return VideoState([self.arena.take() for _ in range(self.recipe.rows)], seed, decoding, history)
 
     # Prompts
 

@@ -1,0 +1,93 @@
+"""Norm and SiLU in one: equal to their formula, in any layout, and nothing beside `out` is touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from torch.nn import functional as F
+
+from millstream.kernels.norm_silu import norm_silu
+
+
+def buffers(shape, kept=2, dtype=torch.float32, device="cpu"):
+    """x, gamma, a larger channels-last buffer full of 7s, and the part of it that is written."""
+    batch, channels, frames, height, width = shape
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last_3d)
+    gamma = torch.rand(channels, 1, 1, 1, dtype=dtype, device=device) + 0.5
+    whole = torch.full((batch, frames + kept, height, width, channels), 7.0, dtype=dtype, device=device)
+    whole = whole.permute(0, 4, 1, 2, 3)
+    return x, gamma, whole, whole[:, :, kept:]
+
+
+SHAPES = [(1, 96, 3, 4, 5), (2, 5, 1, 3, 3), (1, 384, 2, 1, 1), (2, 1, 4, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_diffusers_norm_and_silu(shape):
+    x, gamma, whole, out = buffers(shape)
+    norm = WanRMS_norm(shape[1], images=False)
+    norm.gamma.data.copy_(gamma)
+    norm_silu(x, gamma, out=out)
+    torch.testing.assert_close(out, F.silu(norm(x)).detach(), atol=1e-6, rtol=1e-5)
+    assert (whole[:, :, :2] == 7).all()
+
+
+def test_a_place_without_length_stays_zero():
+    x, gamma, _, out = buffers((1, 8, 1, 2, 2))
+    norm_silu(torch.zeros_like(x), gamma, out=out)
+    assert not out.any()
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    x, gamma, _, out = buffers((1, 8, 2, 2, 2))
+    for wrong in ((x[0], gamma, out[0]), (x, gamma[:7], out), (x[:, :, :1], gamma, out)):
+        with pytest.raises(ValueError, match="norm_silu wants x and out of one shape"):
+            norm_silu(wrong[0], wrong[1], out=wrong[2])
+
+
+INTERPRETED = """
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("tests_here", {path!r})
+here = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(here)
+from millstream.kernels.norm_silu.reference import norm_silu_reference
+from millstream.kernels.norm_silu.triton import norm_silu_triton
+for dtype, near in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
+    for shape in here.SHAPES:
+        x, gamma, whole, out = here.buffers(shape, dtype=dtype)
+        norm_silu_triton(x, gamma, out)
+        expected = torch.empty_like(x)
+        norm_silu_reference(x, gamma, expected)
+        torch.testing.assert_close(out, expected, atol=near, rtol=near)
+        assert (whole[:, :, :2] == 7).all()
+print("equal")
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_triton_kernel_gives_the_same_under_its_interpreter():
+    """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED.format(path=__file__)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 96, 12, 60, 104), (1, 1024, 2, 6, 7)])
+def test_on_a_gpu_it_is_what_it_is_in_float64(shape, dtype):
+    x, gamma, whole, out = buffers(shape, dtype=dtype, device="cuda")
+    norm_silu(x, gamma, out=out)
+    exact = x.double() / x.double().norm(dim=1, keepdim=True) * shape[1] ** 0.5 * gamma.double()
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out.double(), F.silu(exact), atol=near, rtol=near)
+    assert (whole[:, :, :2] == 7).all()
