@@ -68,9 +68,8 @@ def disturbed(pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracy(net: Recognizer, pictures: Tensor, wanted: Tensor) -> dict[str, float]:
     """How often the wanted picture [B] is the first, and among the first five, of what `pictures` [B, 3, S, S] show."""
-    ranks = torch.cat(
-        [net(part).topk(min(5, net.head[-1].out_features), dim=1).indices for part in pictures.split(256)]
-    )
+    logits = torch.cat([net(part) for part in pictures.split(256)])
+    ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = ranks == wanted[:, None].to(ranks.device)
     return {"top1": round(float(hits[:, 0].float().mean()), 4), "top5": round(float(hits.any(1).float().mean()), 4)}
 

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     def preview(_: Any, step: int, decided: int, kwargs: dict[str, Any]) -> None:
         write(kwargs["preview"], output.with_stem(f"{output.stem}-step-{step + 1}"), arguments.scale)
 
-    images = pipe(
+    drawn: Any = pipe(
         prompt,
         **given,
         num_images_per_prompt=arguments.count,
@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         generator=torch.Generator().manual_seed(arguments.seed),
         output_type="pt",
         callback_on_step_end=preview if arguments.preview else None,
-    ).images
+    )
     seconds = time.perf_counter() - start
-    paths = write(images, output, arguments.scale)
+    paths = write(drawn.images, output, arguments.scale)
     print(f"{', '.join(map(str, paths))}: drawn in {seconds:.2f} s")
     return 0
 
