@@ -40,6 +40,7 @@ from .video_output import (
 from .video_state import VideoState, to_leaves
 from .video_stream import VideoStreamer
 
+FIXED = ("recipe", "text_length")
 RATE = 16.0  # pictures per second, of every Wan model but the 5B one
 
 
@@ -87,6 +88,14 @@ class VideoPipeline(VideoStreamer):
         self._decoder = WanDecoder(vae, self.recipe.chunk) if decoder is None else decoder
         self.register_to_config(recipe=as_config(self.recipe), size=list(size), rate=rate, text_length=text_length)
         self.resize(*size)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"the {name} of a video pipeline is what its memory was made for; for another one make another "
+                f"pipeline around the same weights: VideoPipeline(**pipe.components, {name}=...)"
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def from_pretrained(

@@ -204,6 +204,30 @@ def test_the_full_1_3b_model_has_exactly_the_published_tensors():
     assert sum(value.numel() for value in weights.values()) == 1_418_996_800
 
 
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        ({"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}, 14_288_491_584),
+        ({"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}, None),
+        ({"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, None),
+    ],
+)
+def test_larger_models_are_told_by_their_shapes(size, parameters, original):
+    """14B (Krea's too), TI2V 5B and I2V 14B: original names alone give back the whole config."""
+    from millstream.models.checkpoints.load import check_names, config_from_shapes
+    from millstream.models.transformer import CausalTransformer3DModel
+
+    with torch.device("meta"):
+        model = CausalTransformer3DModel(**size)
+    weights = {transformer_name(name): value for name, value in original(model.state_dict()).items()}
+    config = config_from_shapes(weights)
+    assert {name: config[name] for name in size} == size
+    with torch.device("meta"):
+        again = CausalTransformer3DModel(**config)
+    check_names({name: tuple(value.shape) for name, value in again.state_dict().items()}, weights, "the model")
+    assert parameters in (None, sum(value.numel() for value in weights.values()))
+
+
 def test_names_are_those_of_diffusers_own_converter():
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 

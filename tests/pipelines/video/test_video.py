@@ -199,6 +199,36 @@ def test_bad_arguments_are_refused(pipe, arguments, message):
     assert pipe._arena is None or pipe.arena.in_use == 0
 
 
+def test_another_recipe_is_another_pipeline_around_the_same_weights(pipe, seeded):
+    with pytest.raises(AttributeError, match=r"make another pipeline .* VideoPipeline\(\*\*pipe.comp"):
+        pipe.recipe = RECIPES["krea"]
+    other = ms.VideoPipeline(**pipe.components, recipe="krea", size=pipe.size, text_length=pipe.text_length)
+    other.set_progress_bar_config(disable=True)
+    assert other.transformer is pipe.transformer
+    clips = [each("a corgi", num_frames=45, generator=seeded(), output_type="pt").frames for each in (pipe, other)]
+    assert torch.equal(clips[0][:21], clips[1][:21]), "until the first memory begins anew"
+    assert not torch.equal(clips[0], clips[1])
+
+
+def test_wan_2_2s_autoencoder_makes_larger_latents(make, parts, seeded):
+    """16 x 16 pixels per latent, residual shortcuts, pictures in patches."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    size = {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+    kind = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    vae = AutoencoderKLWan(
+        **size, **kind, temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+    pipe = ms.VideoPipeline(**parts() | {"vae": vae.eval()}, recipe="longlive", size=(32, 64), text_length=8, rate=24.0)
+    pipe.set_progress_bar_config(disable=True)
+    clip = pipe("a corgi", image=torch.rand(3, 32, 64), num_frames=14, generator=seeded(), output_type="pt").frames
+    assert clip.shape == (14, 3, 32, 64)
+    assert pipe.latent_size == (4, 2, 4)
+    with pytest.raises(ValueError, match="multiples of 32 x 32 pixels, got 48 x 64"):
+        pipe.resize(48, 64)
+
+
 def test_parts_that_do_not_belong_together_are_refused(make, parts):
     from millstream.models.transformer import CausalTransformer3DModel
     from millstream.pipelines.video import VideoPipeline
