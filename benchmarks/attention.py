@@ -1,6 +1,7 @@
 """Every attention backend and planner in one run: time, TFLOP/s, density, error against float64; JSON and one plot.
 
     python benchmarks/attention.py --quick            # under 90 s on an H100
+    python benchmarks/attention.py --world            # and errors on what the shipped world asks
     python benchmarks/attention.py --tune             # the kernel's tile sizes, for `choose_config`
     python benchmarks/attention.py --out results      # results/attention.json and results/attention.png
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from attention_cases import DTYPE, Inputs, backends, clustered_inputs, plans, random_inputs, video_inputs
+from attention_cases import DTYPE, Inputs, backends, clustered_inputs, plans, random_inputs, video_inputs, world_inputs
+from attention_report import Report, plot
 from torch import Tensor
 
 from millstream.kernels import BlockPlan, attend
@@ -73,43 +74,6 @@ def gate(device: str) -> None:
             raise SystemExit(f"the kernel is wrong at {tokens} tokens: error {error:.2e}, bound {bound:.2e}; not timed")
 
 
-class Report:
-    """Results as they come, written after each so that a crash loses nothing."""
-
-    def __init__(self, out: Path, shape: dict, limit: float) -> None:
-        self.out, self.limit, self.began = out, limit, time.perf_counter()
-        self.data: dict = {"machine": machine(), "shape": shape, "results": [], "failed": {}, "skipped": []}
-
-    def add(self, name: str, make: Callable[[], dict | None], kind: str | None = None) -> dict | None:
-        if time.perf_counter() - self.began > self.limit:
-            self.data["skipped"].append(name)
-            return None
-        began = time.perf_counter()
-        try:
-            row = {"name": name, "input": kind, **(make() or {})}
-        except Exception as error:  # one variant must not cost the others their numbers
-            self.data["failed"][name] = f"{type(error).__name__}: {error}"[:500]
-            print(f"{name:40s} FAILED {self.data['failed'][name][:160]}", flush=True)
-            row = None
-        else:
-            self.data["results"].append(row)
-            shown = " ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
-            print(f"{name:26s} {kind or '':9s} {shown}  [{time.perf_counter() - began:.1f} s]", flush=True)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "attention.json").write_text(json.dumps(self.data, indent=1))
-        return row
-
-
-def machine() -> dict:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        import triton
-
-        versions |= {"triton": triton.__version__, "cudnn": str(torch.backends.cudnn.version())}
-        return {"device": torch.cuda.get_device_name(), **versions}
-    return {"device": platform.processor() or platform.machine(), **versions}
-
-
 def flops(q: Tensor, k: Tensor) -> float:
     return 4.0 * q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] * q.shape[3]
 
@@ -136,8 +100,7 @@ def measure_plan(
     """One row of the table for a planner; `dense_ms` is what its speed-up is over."""
     q, k, v = inputs
     plan = planner(q, k, v)
-    key_blocks = plan.lengths[1].shape[-1] if plan.lengths is not None else -(-k.shape[1] // plan.block[1])
-    density = plan.density(key_blocks)
+    density = plan.density()
     row = measure(lambda: attend(q, k, v, plan, **options), q, k, truth, rows, repeats, device)
     made = planner(q, k, v) is plan
     plan_ms = 0.0 if made else median_ms(lambda: planner(q, k, v), max(1, repeats // 2), device)
@@ -185,37 +148,30 @@ def tune(report: Report, heads: int, tokens: int) -> None:
         report.add(name, partial(run_candidate, tokens, heads, dim, block, density, config, median_ms))
 
 
-def plot(results: list[dict], path: Path) -> None:
-    """Error against speed-up, every method in one picture."""
-    import matplotlib
+# Planners that need no order of time among keys, for a ring has none.
+WORLD = ("100 %", "PISA", "SVG-EAR", "dropped", "MoBA, ", "SpargeAttn", "ProxyAttn", "SVG 2")
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6), dpi=110)
-    for kind, colour in (("random", "#8a8f98"), ("video", "#1f6feb")):
-        points = [r for r in results if r.get("input") == kind and "speedup" in r and r["error"] > 0]
-        axes.scatter(
-            [r["speedup"] for r in points], [r["error"] for r in points], s=26, color=colour, label=f"{kind} input"
-        )
-        for r in points:
-            if kind == "video":
-                axes.annotate(
-                    r["name"], (r["speedup"], r["error"]), xytext=(4, 3), textcoords="offset points", fontsize=7
-                )
-    axes.set(
-        xscale="log", yscale="log", xlabel="speed-up over dense SDPA, plan making included", ylabel="relative error"
-    )
-    axes.grid(alpha=0.25, which="both")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+def compare_world(report: Report, device: str) -> None:
+    """Errors on what a trained model asks; its 768 keys are too few for times to mean much."""
+    inputs, grid = world_inputs(device)
+    q, k, v = inputs
+    rows = torch.arange(q.shape[1], device=device)
+    truth = exact(q, k, v, rows)
+    dense = measure(lambda: attend(q, k, v), q, k, truth, rows, 3, device)
+    for name, (planner, keywords) in plans(grid, q.shape[2], device).items():
+        if any(part in name for part in WORLD):
+            arguments = (planner, keywords, inputs, truth, rows, 3, device, dense["ms"])
+            report.add(name, partial(measure_plan, *arguments), "world")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, stop after 85 seconds")
     parser.add_argument("--tune", action="store_true", help="time the kernel's tile sizes instead")
+    parser.add_argument(
+        "--world", action="store_true", help="also take queries, keys and values from the shipped world"
+    )
     parser.add_argument("--only", default="", help="only names that contain one of these, separated by commas")
     parser.add_argument("--seconds", type=float, default=None, help="start no variant after this many seconds")
     parser.add_argument("--grid", default=None, help="frames,height,width (21,30,52; 4,12,20 without a GPU)")
@@ -242,6 +198,8 @@ def main() -> None:
     if not wanted:
         report.add("reuse, 4 steps", lambda: reuse(heads, options.dim, device, repeats, chunk, 3 * chunk))
         report.add("few queries", lambda: few_queries(heads, options.dim, device, repeats, chunk // 3, 4 * chunk))
+    if options.world:
+        report.add("world", lambda: compare_world(report, device))
     report.add("plot", lambda: plot(report.data["results"], options.out / "attention.png"))
     print(json.dumps(report.data))
 

@@ -58,6 +58,41 @@ def video_inputs(grid: tuple[int, ...], heads: int, dim: int, device: str) -> In
     return q, k, v
 
 
+def world_inputs(device: str, layer: int = -1) -> tuple[Inputs, tuple[int, ...]]:
+    """What the shipped world asks while walking: the queries of its last 16 frames, against its window; and their grid.
+
+    Taken from one layer at the pass that commits each frame. Keys are in the order of the cache's ring.
+    """
+    import millstream as ms
+    from millstream.models import block
+    from millstream.streaming.types import WorldControl
+
+    pipe = ms.WorldPipeline.from_pretrained("freedoom").to(device)
+    calls: list[Inputs] = []
+    original = block.attend
+
+    def listen(q: Tensor, k: Tensor, v: Tensor, *args, **options) -> Tensor:
+        if k.shape[1] >= q.shape[1]:  # not the prompt's few keys
+            calls.append((q.clone(), k.clone(), v.clone()))
+        return original(q, k, v, *args, **options)
+
+    control = WorldControl(prompt="a brown stone room under a grid ceiling", keys=frozenset({"KeyW", "ArrowLeft"}))
+    session = ms.Session(pipe, control)
+    frames: list[Inputs] = []
+    block.attend = listen
+    try:
+        for _ in range(40):
+            calls.clear()
+            session.step()
+            frames.append(calls[layer])
+    finally:
+        block.attend = original
+    _, k, v = frames[-1]
+    count = k.shape[1] // frames[-1][0].shape[1]
+    q = torch.cat([q for q, _, _ in frames[-count:]], 1)
+    return (q.to(DTYPE), k.to(DTYPE), v.to(DTYPE)), (count, 6, q.shape[1] // count // 6)
+
+
 def sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -147,8 +182,11 @@ def plans(grid: tuple[int, ...], heads: int, device: str) -> dict[str, tuple[Cal
         "temporal": (fixed(lambda: P.temporal(grid, device=device)), {}),
         "VMoBA": (lambda q, k, v: P.vmoba(q, k, tiling), {}),
         "BiFormer": (lambda q, k, v: P.biformer(q, k, tiling, topk=max(4, len(tiling.lengths) // 8)), {}),
-        "MoBA, pooled": (lambda q, k, v: P.moba(q, k, moba_topk=blocks // 8, gate="pooled", is_causal=False), {}),
-        "MoBA, per token": (lambda q, k, v: P.moba(q, k, moba_topk=blocks // 8, is_causal=False), {}),
+        "MoBA, pooled": (
+            lambda q, k, v: P.moba(q, k, moba_topk=max(2, blocks // 8), gate="pooled", is_causal=False),
+            {},
+        ),
+        "MoBA, per token": (lambda q, k, v: P.moba(q, k, moba_topk=max(2, blocks // 8), is_causal=False), {}),
         "SpargeAttn": (lambda q, k, v: P.sparge(q, k), {}),
         "ProxyAttn": (lambda q, k, v: P.proxy(q, k, groups=1), {}),
         "SVG 1": (lambda q, k, v: P.svg1(q, k, v, grid), {}),
@@ -163,7 +201,7 @@ def plans(grid: tuple[int, ...], heads: int, device: str) -> dict[str, tuple[Cal
 
 def dropping(plan: BlockPlan) -> BlockPlan:
     """The same blocks, the rest dropped instead of approximated."""
-    return BlockPlan(plan.block, plan.indices, plan.n_full, plan.n_masked)
+    return BlockPlan(plan.block, plan.indices, plan.n_full, plan.n_masked, key_blocks=plan.key_blocks)
 
 
 def aligned_window(grid: tuple[int, ...], device: str) -> BlockPlan:

@@ -101,6 +101,7 @@ class BlockPlan:
         summary: of the keys and values, for "centroid"; None: made at each call.
         first_order: whether a summary made at a call has a slope.
         permutation: the tokens' order in slots; None: as they come.
+        key_blocks: how many key blocks there are, listed or not; 0 where the maker of the plan did not say.
     """
 
     block: tuple[int, int]
@@ -115,6 +116,7 @@ class BlockPlan:
     summary: KVSummary | None = None
     first_order: bool = False
     permutation: Permutation | None = None
+    key_blocks: int = 0
 
     @classmethod
     def of(
@@ -157,7 +159,17 @@ class BlockPlan:
         full = visit & whole if full is None else visit & whole & full
         masked = visit & ~full
         indices, n_full, n_masked = _listed(full, masked, n_k if width is None else min(width, n_k))
-        return cls(block, indices, n_full, n_masked, lengths=lengths, mask=mask, permutation=permutation, **fields)
+        return cls(
+            block,
+            indices,
+            n_full,
+            n_masked,
+            lengths=lengths,
+            mask=mask,
+            permutation=permutation,
+            key_blocks=n_k,
+            **fields,
+        )
 
     @classmethod
     def dense(cls, queries: int, keys: int, block: tuple[int, int], device: torch.device | str = "cpu") -> BlockPlan:
@@ -184,9 +196,9 @@ class BlockPlan:
         out = torch.zeros((*self.indices.shape[:-1], key_blocks + 1), dtype=torch.bool, device=self.indices.device)
         return out.scatter_(-1, target, True)[..., :key_blocks]
 
-    def density(self, key_blocks: int) -> float:
+    def density(self, key_blocks: int | None = None) -> float:
         """The share of key blocks that is visited. Reads the device: for reports, not for the loop."""
-        return float((self.n_full + self.n_masked).double().mean()) / key_blocks
+        return float((self.n_full + self.n_masked).double().mean()) / (key_blocks or self.key_blocks)
 
     def trimmed(self) -> BlockPlan:
         """The same plan with lists no longer than the longest. Reads the device: for plans that are made once."""

@@ -193,6 +193,8 @@ def _check_plan(q: Tensor, k: Tensor, plan: BlockPlan, scale: float, quantize: Q
         raise ValueError(f"attend under a plan wants a scale above 0, got {scale}; negate q instead")
     if quantize not in (None, "fp8", "int8"):
         raise ValueError(f"quantize must be None, 'fp8' or 'int8', got {quantize!r}")
+    if quantize is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        raise ValueError("quantize gives no gradients; use torch.no_grad(), or train without it")
     if quantize is not None and plan.permutation is not None and plan.permutation.q_source is not None:
         raise ValueError(
             "quantize takes its scales per block of neighbouring tokens, so it wants tokens that lie in the plan's "
@@ -207,6 +209,13 @@ def _check_plan(q: Tensor, k: Tensor, plan: BlockPlan, scale: float, quantize: Q
             raise ValueError(
                 f"the plan has {plan.query_blocks} query blocks of {plan.block[0]}, but {q.shape[1]} queries make "
                 f"{wanted}; make the plan for this length"
+            )
+    if plan.key_blocks and not permuted and plan.table is None:
+        wanted = -(-k.shape[1] // plan.block[1])
+        if plan.key_blocks != wanted:
+            raise ValueError(
+                f"the plan has {plan.key_blocks} key blocks of {plan.block[1]}, but {k.shape[1]} keys make {wanted}; "
+                "make the plan for this length"
             )
     for name, size, full in (("rows", plan.indices.shape[0], q.shape[0]), ("heads", plan.indices.shape[1], q.shape[2])):
         if size not in (1, full):

@@ -29,6 +29,8 @@ def moba(
         gate: "token" gates each query (row bits in the plan); "pooled" gates the mean query of each block, an
             *approximation* that needs no masks and is cheaper to make.
     """
+    if moba_topk < 1:
+        raise ValueError(f"moba_topk counts a query's own chunk, so it is at least 1, got {moba_topk}")
     block = moba_chunk_size
     keys = block_means(k, block)
     if gate == "token":

@@ -382,6 +382,7 @@ def test_lists_are_cut_at_the_width_and_full_blocks_stay():
         ({"mask": torch.ones(64, 64, dtype=torch.bool)}, "put the mask into the plan"),
         ({"plan": BlockPlan.dense(200, 64, (64, 64))}, "4 query blocks of 64, but 64 queries make 1"),
         ({"plan": BlockPlan.of(torch.ones(1, 3, 1, 1, dtype=torch.bool), (64, 64), 64)}, "for 3 heads, q has 2"),
+        ({"plan": BlockPlan.dense(64, 200, (64, 64))}, "4 key blocks of 64, but 64 keys make 1"),
         ({"plan": None, "quantize": "fp8"}, "needs a plan"),
     ],
 )
