@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .counts import curve_counts, even_counts, share_counts
+from .counts import Curve, curve_counts, even_counts, share_counts
 from .heads import Categorical
 from .orders import Confidence, RandomOrder, RasterOrder
 from .schedules import check_count
@@ -35,6 +36,7 @@ class TokenSampler(SchedulerMixin, ConfigMixin):
         guidance_scale: classifier-free guidance, reached as the share of decided tokens grows; 1 is none.
         temperature, top_k, top_p: of the tokens, see `Categorical`.
         choice_temperature: of the order "masked", see `Confidence`.
+        curve: of the order "random", see `curve_counts`; "cosine" leaves less to the last step than "arccos".
 
     Raises:
         ValueError: any of them out of range.
@@ -50,8 +52,10 @@ class TokenSampler(SchedulerMixin, ConfigMixin):
         top_k: int | None = None,
         top_p: float = 1.0,
         choice_temperature: float = 4.5,
+        curve: Curve = "arccos",
     ) -> None:
         Categorical(temperature, top_k, top_p)
+        curve_counts(1, 1, curve)
         check_order(order)
         check_scale(guidance_scale)
         if num_inference_steps is not None:
@@ -79,12 +83,13 @@ class TokenSampler(SchedulerMixin, ConfigMixin):
         configured = None if name == "raster" and config["order"] != "raster" else config["num_inference_steps"]
         steps = configured if num_inference_steps is None else num_inference_steps
         steps = open_tokens if steps is None else min(check_count(steps, "num_inference_steps"), open_tokens)
-        schedule = {"random": curve_counts, "masked": share_counts, "raster": even_counts}[name]
         orders = {
             "random": RandomOrder(),
             "masked": Confidence(config["choice_temperature"]),
             "raster": RasterOrder(),
         }
+        curved = partial(curve_counts, curve=config["curve"])
+        schedule = {"random": curved, "masked": share_counts, "raster": even_counts}[name]
         counts = schedule(open_tokens, steps) if open_tokens else []
         degree = config["temperature"] if temperature is None else temperature
         head = Categorical(degree, config["top_k"], config["top_p"])

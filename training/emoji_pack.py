@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the trained token model")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--order", default="random", choices=("random", "masked", "raster"))
+    parser.add_argument("--curve", default="arccos", choices=("arccos", "cosine", "linear"), help="of order random")
     parser.add_argument("--sampler-steps", type=int, default=16)
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 is none")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         guidance_scale=arguments.guidance_scale,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
+        curve=arguments.curve,
     )
     # It has the same three parts as a world, and is saved the same way.
     pack(cast("Any", assemble(arguments.codec, arguments.model, sampler)), arguments.out)

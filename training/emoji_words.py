@@ -34,10 +34,15 @@ UNSEEN = (
     "my favourite thing is {a_name}",
 )
 HELD_OUT = 5  # one pair of keywords in so many
+FILLERS = str.split(
+    "nice little cute beautiful simple shiny tiny huge funny cool pretty lovely new best single clean bright detailed "
+    "some any this that our your with and of in to from like again now here really very just maybe thing photo render"
+)
+SYLLABLES = str.split("ba ce di fo gu ha ki lo mu ne pra ri sto ta vel wo xu ya zen tri plo ska")
 
 
 def phrase(name: str, keywords: Sequence[str], chance: random.Random) -> str:
-    """A phrasing for training: the name in a sentence, keywords alone, or the name with a word or letter missing."""
+    """A phrasing for training: the name in a sentence, among idle words or a letter short; or keywords alone."""
     kind = chance.random()
     seen = seen_pairs(keywords)
     if kind < 0.25 and seen:
@@ -51,7 +56,19 @@ def phrase(name: str, keywords: Sequence[str], chance: random.Random) -> str:
     if kind < 0.38 and len(name) > 5:
         letter = chance.randrange(1, len(name))
         return name[:letter] + name[letter + 1 :]
+    if kind < 0.65:
+        return surrounded(chance.choice((name, with_article(name))), chance)
     return _fill(chance.choice(SEEN), name, keywords, chance)
+
+
+def surrounded(text: str, chance: random.Random) -> str:
+    """`text` among words that mean nothing for the picture, some of them made up: what to read past."""
+
+    def words(most: int) -> list[str]:
+        made_up = ("".join(chance.choices(SYLLABLES, k=chance.randint(1, 4))) for _ in range(most))
+        return [word if chance.random() < 0.5 else chance.choice(FILLERS) for word in made_up]
+
+    return " ".join([*words(chance.randint(0, 5)), text, *words(chance.randint(0, 3))])
 
 
 def unseen_phrase(name: str, keywords: Sequence[str], chance: random.Random) -> str:

@@ -31,6 +31,12 @@ def test_guidance_starts_at_none_and_grows() -> None:
     assert TokenSampler(guidance_scale=1.0).plan(10).guidance is None
 
 
+def test_the_curve_is_of_the_random_order() -> None:
+    early, late = (TokenSampler(8, curve=curve).plan(256).counts for curve in ("cosine", "arccos"))
+    assert early[-1] < late[-1]
+    assert TokenSampler(8, curve="cosine").plan(256, order="raster", num_inference_steps=8).counts == [32] * 8
+
+
 def test_a_small_hole_takes_fewer_steps_and_none_no_step() -> None:
     assert TokenSampler(num_inference_steps=16).plan(3).counts == [1, 1, 1]
     assert TokenSampler().plan(0).counts == []
@@ -49,5 +55,7 @@ def test_nonsense_is_refused() -> None:
         TokenSampler().plan(4, guidance_scale=0.5)
     with pytest.raises(ValueError, match="num_inference_steps must be a whole number of at least 1, got 0"):
         TokenSampler().plan(4, num_inference_steps=0)
+    with pytest.raises(ValueError, match="curve must be one of arccos, cosine, linear, got 'flat'"):
+        TokenSampler(curve="flat")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="temperature must be at least 0"):
         TokenSampler(temperature=-1)
