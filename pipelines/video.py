@@ -27,6 +27,7 @@ from ..models.wan_vae import WanDecoder, WanEncoder
 from ..streaming import Chunk, Frame, VideoControl
 from ..streaming.types import Leaves
 from .recipes import Recipe, as_config, find_recipe
+from .timeline import Timeline
 from .video_load import check_parts, load_components
 from .video_output import (
     OutputType,
@@ -144,6 +145,7 @@ class VideoPipeline(VideoStreamer):
         image: Any = None,
         video: Iterable[Any] | None = None,
         strength: float = 1.0,
+        timeline: Timeline | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int = 81,
@@ -159,6 +161,7 @@ class VideoPipeline(VideoStreamer):
             image: what the first picture shows: a PIL image, an array [H, W, 3] or a tensor [3, H, W].
             video: pictures to redraw, of the same kinds; `num_frames` is then at most what they make.
             strength: how far `video` is redrawn, from 0 (kept) to 1 (ignored).
+            timeline: what `prompt` becomes, and when.
             height, width: in pixels; as the pipeline is by default.
             num_frames: pictures, at least 1; 81 are 5 seconds.
             generator: the same generator state draws the same pictures.
@@ -173,21 +176,11 @@ class VideoPipeline(VideoStreamer):
             raise ValueError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
         pictures: list[Tensor] = []
         latents: list[Tensor] = []
-        given = None if video is None else iter(video)
+        given = None if video is None else (as_picture(picture, self.size) for picture in video)
         progress: Any = self.progress_bar  # accelerate's wrapper hides its signature from type checkers
         place = {"height": height, "width": width, "generator": generator}
         with self.stream(prompt, image=image, strength=strength, **place) as session, progress(total=num_frames) as bar:
-            ends = False
-            while not ends:
-                media = None if given is None else next(given, None)
-                ends = given is not None and media is None
-                if not ends:
-                    frame = None if media is None else Frame(as_picture(media, self.size), time.monotonic())
-                    drawn = session.step(frame)
-                    ends = session.state is not None and self.begun(session.state) >= num_frames
-                else:
-                    drawn = ()
-                drawn = [*drawn, *session.flush()] if ends else drawn
+            for drawn in self.drain(session, num_frames, given, timeline):
                 latents += session.state.finished if session.state is not None else []
                 for chunk in drawn:
                     pictures.append(chunk.data)
@@ -261,6 +254,7 @@ class VideoPipeline(VideoStreamer):
     @torch.no_grad()
     def flush(self, state: VideoState) -> Sequence[Chunk]:
         with self._sharing:
+            state.finished = []
             return [self.shown(state, each, time.monotonic()) for each in self.complete(state)]
 
     def save(self, state: VideoState) -> Leaves:

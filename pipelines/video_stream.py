@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +11,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..models.stream_codec import PICTURES_PER_LATENT
-from ..streaming import Chunk, VideoControl
+from ..streaming import Chunk, Frame, Session, VideoControl
 from ..streaming.types import Leaves
 from .inputs import FULL_MOTION, NEW_MOTION
+from .timeline import Timeline
 from .video_draw import VideoDrawer
 from .video_state import Finished, VideoState, from_leaves, part
 
@@ -155,6 +158,28 @@ class VideoStreamer(VideoDrawer):
         flying += 0 if state.still is None else 1
         first = PICTURES_PER_LATENT - 1 if state.decoding.frames == 0 and flying else 0
         return state.pictures + PICTURES_PER_LATENT * flying - first
+
+    def drain(
+        self,
+        session: Session[VideoState, VideoControl],
+        num_frames: int,
+        media: Iterator[Tensor] | None = None,
+        timeline: Timeline | None = None,
+    ) -> Iterator[Sequence[Chunk]]:
+        """Step `session` until so many pictures are begun or `media` [3, H, W] end, then finish what is under way.
+
+        Yields what each step gives, perhaps nothing.
+        """
+        begun = 0
+        while begun < num_frames:
+            if timeline is not None:
+                timeline.steer(session, begun / self.rate)
+            picture = None if media is None else next(media, None)
+            if media is not None and picture is None:
+                break
+            yield session.step(None if picture is None else Frame(picture, time.monotonic()))
+            begun = 0 if session.state is None else self.begun(session.state)
+        yield session.flush()
 
     # Snapshots
 

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..pipelines.timeline import Timeline
     from ..pipelines.video import VideoPipeline
-    from ..pipelines.video_state import VideoState
-    from ..streaming import Chunk, Session, VideoControl
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -133,7 +130,7 @@ def run_video(arguments: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from ..pipelines.timeline import Cue, Timeline
+    from ..pipelines.timeline import Timeline
     from ..streaming import Recorder
     from .world import check_recording
 
@@ -141,8 +138,8 @@ def run_video(arguments: argparse.Namespace) -> int:
     for path in (arguments.image, arguments.video):
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-    first = [Cue(0, arguments.prompt)]
-    timeline = Timeline(tuple(first)) if arguments.timeline is None else Timeline.load(arguments.timeline)
+    timeline = None if arguments.timeline is None else Timeline.load(arguments.timeline)
+    prompt = arguments.prompt if timeline is None else timeline.prompt
     pipe = load_video(arguments)
     count = arguments.frames or max(1, round(arguments.seconds * pipe.rate))
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -152,37 +149,15 @@ def run_video(arguments: argparse.Namespace) -> int:
     with (
         Recorder(arguments.output, rate=pipe.rate) as recorder,
         tqdm(total=count, unit="frame") as progress,
-        pipe.stream(timeline.prompt, image=start, strength=arguments.strength, generator=generator) as session,
+        pipe.stream(prompt, image=start, strength=arguments.strength, generator=generator) as session,
     ):
-        for chunk in drained(session, pipe, media, count, timeline):
-            recorder.write(chunk)
-            drawn += len(chunk.data)
-            progress.update(len(chunk.data))
+        for chunks in pipe.drain(session, count, media, timeline):
+            for chunk in chunks:
+                recorder.write(chunk)
+                drawn += len(chunk.data)
+                progress.update(len(chunk.data))
     print(f"{arguments.output}: {drawn} frames ({drawn / pipe.rate:.1f} s at {pipe.rate:g} frames/s)")
     return 0
-
-
-def drained(
-    session: Session[VideoState, VideoControl],
-    pipe: VideoPipeline,
-    media: Iterator[Tensor] | None,
-    count: int,
-    timeline: Timeline,
-) -> Iterator[Chunk]:
-    """Chunks until `count` pictures are begun or the input ends, and then those under way."""
-    import time
-
-    from ..streaming import Frame
-
-    begun = 0
-    while begun < count:
-        timeline.steer(session, begun / pipe.rate)
-        picture = None if media is None else next(media, None)
-        if media is not None and picture is None:
-            break
-        yield from session.step(None if picture is None else Frame(picture, time.monotonic()))
-        begun = pipe.begun(session.state) if session.state is not None else 0
-    yield from session.flush()
 
 
 def pictures(path: Path, size: tuple[int, int]) -> Iterator[Tensor]:
