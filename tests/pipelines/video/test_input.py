@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
 import torch
 
+import millstream as ms
 from millstream import Frame
 from millstream.kernels import philox_normal
 from millstream.models.wan_vae import WanDecoder, WanEncoder
+from millstream.streaming import EndOfStream
 
 
 @pytest.fixture
@@ -154,3 +157,45 @@ def test_inputs_that_cannot_be_redrawn_are_refused_before_anything_moves(make, v
     ):
         with make(name).stream("a corgi", strength=0.5) as session, pytest.raises(ValueError, match=message):
             session.step(Frame(video[0], 0.0))
+
+
+def test_a_camera_of_another_shape_is_redrawn_live(make, seeded):
+    """`ms.live` fits pictures to the pipeline's size; every chunk answers the newest of them."""
+    pipe = make("self_forcing")
+    source, sink = Camera(40), Collector(2)
+    with pipe.stream("a corgi", strength=0.5, generator=seeded()) as session:
+        metrics = ms.live(source, session, sink, until=60)
+    assert [chunk.data.shape for chunk in sink.chunks[:2]] == [(9, 3, 16, 32), (12, 3, 16, 32)]
+    assert metrics.ended in ("source", "sink")
+
+
+class Camera:
+    """Pictures of 24 x 20, as fast as they are taken."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def read(self):
+        self.left -= 1
+        if self.left < 0:
+            raise EndOfStream
+        time.sleep(0.03)
+        return Frame(torch.rand(3, 24, 20), time.monotonic())
+
+    def close(self):
+        pass
+
+
+class Collector:
+    """Ends the stream after a few chunks."""
+
+    def __init__(self, count):
+        self.count, self.chunks = count, []
+
+    def write(self, chunk):
+        self.chunks.append(chunk)
+        if len(self.chunks) == self.count:
+            raise EndOfStream
+
+    def close(self):
+        pass
