@@ -30,8 +30,21 @@ def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
     scale = min(height / size[0], width / size[1])
     high, wide = (min(side, max(1, round(scale * wanted))) for side, wanted in zip((height, width), size))
     top, left = (height - high) // 2, (width - wide) // 2
-    middle = picture[None, :, top : top + high, left : left + wide]
-    middle = middle.float() / 255 if picture.dtype == torch.uint8 else middle.float()
-    if high >= size[0] and wide >= size[1]:
-        return F.interpolate(middle, size, mode="area")[0]
-    return F.interpolate(middle, size, mode="bilinear", align_corners=False)[0]
+    middle = picture[:, top : top + high, left : left + wide]
+    if middle.device.type == "cpu":
+        return _on_the_cpu(middle, size)
+    middle = (middle.float() / 255 if middle.dtype == torch.uint8 else middle.float())[None]
+    return F.interpolate(middle, size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _on_the_cpu(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """By OpenCV, which weighs every pixel by its area, and is several times as fast as PyTorch."""
+    import cv2
+
+    pixels_HWC = picture.permute(1, 2, 0).contiguous()
+    pixels_HWC = pixels_HWC if pixels_HWC.dtype == torch.uint8 else pixels_HWC.float()
+    shrinks = picture.shape[1] >= size[0] and picture.shape[2] >= size[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized_HWC = torch.from_numpy(cv2.resize(pixels_HWC.numpy(), size[::-1], interpolation=how))
+    resized = resized_HWC.permute(2, 0, 1).contiguous()
+    return resized.float().div_(255) if resized.dtype == torch.uint8 else resized

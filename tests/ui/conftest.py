@@ -5,8 +5,10 @@ Shown a picture, it answers with the picture's mean colour.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -97,3 +99,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> FakeWorld:
     for command in ("run", "demo", "play", "bench", "live"):
         monkeypatch.setattr(f"millstream.ui.commands.{command}.load_world", lambda name, device: fake)
     return fake
+
+
+@pytest.fixture
+def run_async():
+    """`asyncio.run` on a thread of its own: Playwright keeps a loop running on the main thread once a page is open."""
+
+    def run(coroutine):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, coroutine).result(60)
+
+    return run

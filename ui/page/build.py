@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .memory import memory_plan
+from .narrow import Narrow
 from .settings import PageSettings
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 STATIC = Path(__file__).resolve().parent / "static"
 STATIC_PATH = "/page"  # Gradio itself answers at /static and /assets
 OLDEST_GRADIO = (6, 27)  # the first whose history of runs can be left out
+QUEUED_CLIPS = 20
 CACHE_SECONDS = (600, 3600)  # Gradio copies clips and uploads; every ten minutes those of an hour ago go
 
 # The element exists before its modules do; they are fetched relative to the page, which may stand behind a proxy.
@@ -50,7 +52,7 @@ def build_page(settings: PageSettings) -> gradio.Blocks:
             server_functions=_server_functions(settings),
         )
         add_generate(gr, settings)
-    return page
+    return page.queue(max_size=QUEUED_CLIPS, api_open=False)  # `api_open` would let calls go past the queue
 
 
 def mount_page(app: fastapi.FastAPI, settings: PageSettings) -> fastapi.FastAPI:
@@ -61,6 +63,7 @@ def mount_page(app: fastapi.FastAPI, settings: PageSettings) -> fastapi.FastAPI:
     from .uploads import MAX_BYTES
 
     app.mount(STATIC_PATH, StaticFiles(directory=STATIC), name="page")
+    app.add_middleware(Narrow)
     return gr.mount_gradio_app(
         app,
         build_page(settings),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..keys import KeyScript
+from ..server.protocol import MAX_STEPS
 from ..world import VIDEO_SCALE, check_prompt
 from .uploads import read_pictures
 
@@ -27,7 +28,7 @@ class ClipRequest:
         prompt: the scene in words.
         num_frames: frames to draw; after an upload it may be 0.
         seed: same seed, keys and upload, same clip; from 0 to 2**63 - 1.
-        num_inference_steps: sampler steps per frame; None for the model's own.
+        num_inference_steps: sampler steps per frame, at most 50; None for the model's own.
         guidance_scale: above 1 follows the prompt harder at twice the cost.
         keys: a key script such as "KeyW*40 ArrowLeft*20", for worlds.
         upload: an image or a video that the clip begins with.
@@ -70,6 +71,8 @@ def make_clip(
         raise ValueError(f"frames must be from {least} to {most}, got {request.num_frames}")
     if not 0 <= request.seed <= MAX_SEED:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {request.seed}")
+    if (request.num_inference_steps or 0) > MAX_STEPS:
+        raise ValueError(f"steps per frame must be at most {MAX_STEPS}, got {request.num_inference_steps}")
     prompt = check_prompt(request.prompt)
     held = _keys(pipe, request.keys)
     shown = []

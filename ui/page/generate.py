@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import uuid
 from pathlib import Path
@@ -39,16 +41,16 @@ def add_generate(gr: Any, settings: PageSettings) -> None:
                 )
                 told = gr.HTML(elem_id="ms-clip-told", apply_default_css=False)
                 download = gr.DownloadButton("Download", interactive=False, elem_id="ms-clip-download")
-        stopped: set[str] = set()
+        wanted: set[str] = set()  # browsers whose clip is being drawn
         drawing = go.click(
-            _drawer(gr, settings, stopped),
+            _drawer(gr, settings, wanted),
             inputs,
             [clip, told, download],
             concurrency_limit=1,
             show_progress_on=clip,
             api_name="generate",
         )
-        stop.click(_stopper(gr, stopped), cancels=[drawing], queue=False, api_visibility="private")
+        stop.click(_stopper(gr, wanted), cancels=[drawing], queue=False, api_visibility="private")
 
 
 def _inputs(gr: Any) -> list[Any]:
@@ -62,6 +64,7 @@ def _inputs(gr: Any) -> list[Any]:
         height=104,
         elem_classes="ms-upload",
     )
+    upload.async_move_resource_to_block_cache = _only_uploaded(gr, upload.async_move_resource_to_block_cache)
     strength = gr.Slider(
         0.0, 1.0, 0.0, step=0.05, label="Strength", info="0 goes on from the file, more redraws it", buttons=[]
     )
@@ -77,13 +80,24 @@ def _inputs(gr: Any) -> list[Any]:
     return [prompt, upload, strength, keys, frames, seed, steps, guidance]
 
 
+def _only_uploaded(gr: Any, take: Any) -> Any:
+    """Gradio would fetch an address that stands where an uploaded file should, of any size, for anybody."""
+
+    async def take_file(path: Any) -> Any:
+        if "://" in str(path):
+            raise gr.Error("give a file, not an address", print_exception=False)
+        return await take(path)
+
+    return take_file
+
+
 class Stopped(ValueError):
     """The user asked for the clip no longer. Gradio only stops waiting for it; this ends the drawing, too."""
 
 
-def _stopper(gr: Any, stopped: set[str]) -> Any:
+def _stopper(gr: Any, wanted: set[str]) -> Any:
     def stop(request: Any) -> None:
-        stopped.add(request.session_hash)
+        wanted.discard(request.session_hash)
 
     return _asking(gr, stop)
 
@@ -94,49 +108,60 @@ def _asking(gr: Any, function: Any) -> Any:
     return function
 
 
-def _drawer(gr: Any, settings: PageSettings, stopped: set[str]) -> Any:
+def _drawer(gr: Any, settings: PageSettings, wanted: set[str]) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="millstream-clips-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     pipeline = settings.pipeline
     assert pipeline is not None, "the form is only built with a pipeline"
 
     def draw(
         prompt: str,
         upload: str | None,
-        strength: float,
+        strength: float | None,
         keys: str,
-        frames: float,
-        seed: float,
-        steps: float,
-        guidance: float,
+        frames: float | None,
+        seed: float | None,
+        steps: float | None,
+        guidance: float | None,
         request: Any,
         progress: Any = gr.Progress(),  # noqa: B008  (how Gradio is asked for one)
     ) -> tuple[str, str, Any]:
         def report(done: int, total: int) -> None:
-            if request.session_hash in stopped:
+            if request.session_hash not in wanted:
                 raise Stopped("it was stopped")
             progress((done, total), desc="drawing", unit="frames")
 
         pipe = pipeline()
-        stopped.discard(request.session_hash)
+        wanted.add(request.session_hash)
         output = folder / f"millstream-{uuid.uuid4().hex[:12]}.mp4"
         try:
-            wanted = ClipRequest(
+            clip = ClipRequest(
                 prompt=prompt,
-                num_frames=int(frames),
-                seed=int(seed),
-                num_inference_steps=int(steps) or None,
-                guidance_scale=float(guidance),
+                num_frames=int(_given("frames", frames)),
+                seed=int(_given("seed", seed)),
+                num_inference_steps=int(steps or 0) or None,
+                guidance_scale=float(_given("guidance", guidance)),
                 keys=keys,
                 upload=Path(upload) if upload else None,
-                strength=float(strength),
+                strength=float(_given("strength", strength)),
             )
             drawn, seconds = make_clip(
-                pipe, wanted, output, most=max(1, int(settings.clip_seconds * pipe.rate)), progress=report
+                pipe, clip, output, most=max(1, int(settings.clip_seconds * pipe.rate)), progress=report
             )
         except (ValueError, TypeError, OSError) as error:
+            output.unlink(missing_ok=True)  # what a clip that was stopped had so far
             raise gr.Error(f"{error}", title="This clip can't be drawn", print_exception=False) from error
+        finally:
+            wanted.discard(request.session_hash)
         remove_old(folder, KEPT_CLIPS)
         told = f"{drawn} frames, {drawn / pipe.rate:.1f} s, drawn at {drawn / seconds:.1f} frames/s"
         return str(output), f"<p>{told}</p>", gr.DownloadButton(value=str(output), interactive=True)
 
     return _asking(gr, draw)
+
+
+def _given(name: str, value: float | None) -> float:
+    """A field that somebody has emptied arrives as None."""
+    if value is None:
+        raise ValueError(f"{name} is empty; give a number")
+    return value

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...streaming import fit
+
 MAX_BYTES = 64 << 20
 MAX_SIDE = 4096
 MAX_SECONDS = 60.0
+MAX_RATE = 240.0  # frames per second; a file may claim any number, and with it hide how many it has
 
 _IMAGES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 _MATROSKA = b"\x1a\x45\xdf\xa3"
@@ -64,7 +67,7 @@ def _read_image(path: Path, kind: str) -> np.ndarray:
         with Image.open(path, formats=[kind]) as image:
             _check_side(*image.size)
             upright = ImageOps.exif_transpose(image)
-            return np.asarray(upright.convert("RGB"))
+            return np.array(upright.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"the image is damaged: {error}") from None
 
@@ -77,7 +80,7 @@ def _read_video(path: Path, rate: float) -> Iterator[np.ndarray]:
         if not capture.isOpened():
             raise ValueError("the video can't be read; convert it to MP4 (H.264)")
         _check_side(capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-        own_rate = capture.get(cv2.CAP_PROP_FPS) or rate
+        own_rate = min(capture.get(cv2.CAP_PROP_FPS) or rate, MAX_RATE)
         index = taken = 0
         while capture.grab():
             if index / own_rate > MAX_SECONDS:
@@ -96,13 +99,4 @@ def _check_side(width: float, height: float) -> None:
 
 
 def _fit(picture_HWC: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Cut to the shape of `size` around the middle, then resized with every pixel counted."""
-    import cv2
-
-    height, width = picture_HWC.shape[:2]
-    scale = min(height / size[0], width / size[1])
-    cut_height, cut_width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    top, left = (height - cut_height) // 2, (width - cut_width) // 2
-    cut = picture_HWC[top : top + cut_height, left : left + cut_width]
-    resized = cv2.resize(cut, (size[1], size[0]), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR)
-    return torch.from_numpy(np.ascontiguousarray(resized)).permute(2, 0, 1).float().div_(255)
+    return fit(torch.from_numpy(picture_HWC).permute(2, 0, 1), size)

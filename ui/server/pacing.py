@@ -87,10 +87,15 @@ class Bucket:
 
     def take(self) -> bool:
         """Is there one left? Then it is taken."""
-        now = self._clock()
-        self._left = min(self._burst, self._left + (now - self._when) * self._per_second)
-        self._when = now
-        if self._left < 1:
+        if self.empty:
             return False
         self._left -= 1
         return True
+
+    @property
+    def empty(self) -> bool:
+        """Is there none left now?"""
+        now = self._clock()
+        self._left = min(self._burst, self._left + (now - self._when) * self._per_second)
+        self._when = now
+        return self._left < 1

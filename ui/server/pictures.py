@@ -7,10 +7,14 @@ import struct
 import torch
 from torch import Tensor
 
+from ...streaming import fit
 from .protocol import JPEG, WEBP, Refused
 
 MAX_SIDE = 4096
 MAX_PIXELS = 4 * 2**20  # a 1080p camera has half of this
+# What may stand before a JPEG's frame, each with its length. Decoders skip other markers in ways of their own, so
+# that a file could have one frame for us, and another, larger one for them.
+_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 WEBP_PIXELS = 2**15  # WebP takes 1.4 ms at 96x128 and 32 ms at 480x640, JPEG less than 1 ms: only small frames are WebP
 
 
@@ -48,6 +52,8 @@ def _jpeg_dimensions(image: bytes) -> tuple[int, int]:
             raise Refused("the camera picture is a progressive or lossless JPEG; send a baseline one, or WebP")
         elif marker in (0xD9, 0xDA):
             raise Refused("the camera picture is a JPEG without a frame")
+        elif marker not in _SEGMENTS:
+            raise Refused("the camera picture is a damaged JPEG")
         else:
             (length,) = struct.unpack_from(">H", image, position + 2)
             position += 2 + max(2, length)
@@ -95,18 +101,7 @@ def decode(image: bytes, size: tuple[int, int]) -> Tensor:
         pixels = None
     if pixels is None:
         raise Refused("the camera picture is damaged")
-    pixels = cv2.resize(_cut(pixels, size), size[::-1], interpolation=cv2.INTER_AREA)
-    pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
-
-
-def _cut(pixels_HWC, size: tuple[int, int]):
-    """The largest middle part that has the shape of `size`."""
-    height, width = pixels_HWC.shape[:2]
-    scale = min(height / size[0], width / size[1])
-    cut_height, cut_width = (max(1, min(side, round(part * scale))) for side, part in zip((height, width), size))
-    top, left = (height - cut_height) // 2, (width - cut_width) // 2
-    return pixels_HWC[top : top + cut_height, left : left + cut_width]
+    return fit(torch.from_numpy(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)).permute(2, 0, 1), size)
 
 
 def encode(picture: Tensor, formats: tuple[str, ...], quality: int) -> tuple[int, bytes]:

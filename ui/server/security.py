@@ -19,14 +19,15 @@ from .pacing import Bucket
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_COOKIE = "millstream_token"
 LEAST_TOKEN = 8
 REMEMBERED_ADDRESSES = 4096
+GUESSES = 60  # wrong tokens that one address may try at once, and the same again every minute
 LOGIN = b"""<!doctype html><meta name=viewport content="width=device-width"><title>millstream</title>
 <body style="font:16px system-ui;max-width:24em;margin:20vh auto;padding:0 1em">
-<form><p>This server asks for the token that it printed when it started.</p>
+<form action="./"><p>WHY</p>
 <input name=token type=password autofocus style="font:inherit;width:100%"></form>"""
 
 
@@ -72,6 +73,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
+        self._guesses = Doorman(GUESSES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,17 +85,43 @@ class Gate:
             answer: Response = PlainTextResponse(f"this server is not {headers.get('host', '')!r}\n", 421)
         elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and not origin_allowed(headers, self.settings):
             answer = PlainTextResponse("this page may not send anything here\n", 403)
-        elif scope["path"] != "/health" and not token_given(scope, self.settings):
-            answer = Response(LOGIN, 401, {"cache-control": "no-store"}, "text/html")
+        elif scope["path"] != "/health" and (why := self._stranger(scope)):
+            answer = Response(LOGIN.replace(b"WHY", why), 401, {"cache-control": "no-store"}, "text/html")
         elif self.settings.token and "token" in query_of(scope) and scope["path"] == "/":
             # so that the token doesn't stay in the address bar, the history and the Referer header
             rest = urlencode({name: value for name, value in query_of(scope).items() if name != "token"})
-            answer = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            answer = RedirectResponse("./" + (f"?{rest}" if rest else ""), 303)  # a proxy may serve us below a path
             secure = scope["scheme"] == "https"
             answer.set_cookie(TOKEN_COOKIE, self.settings.token, httponly=True, samesite="lax", secure=secure)
         else:
-            return await self.app(scope, receive, send)
+            return await self.app(scope, receive, self._framed(send))
         await answer(scope, receive, send)
+
+    def _stranger(self, scope: Scope) -> bytes:
+        """Why this request goes no further; nothing if it brings the token. Who guesses too often isn't listened to."""
+        given = tokens_of(scope)
+        address = scope["client"][0] if scope.get("client") else ""
+        if self.settings.token is None:
+            return b""
+        if given and self._guesses.blocks(address):
+            return b"Too many wrong tokens came from your address. Try again in a minute."
+        if token_given(scope, self.settings):
+            return b""
+        if given:
+            self._guesses.admits(address)
+        return b"This server asks for the token that it printed when it started."
+
+    def _framed(self, send: Send) -> Send:
+        """Let no page of another site show ours in a frame, where it could steal clicks."""
+        policy = " ".join(("frame-ancestors 'self'", *self.settings.origins)).encode()
+        extra = [(b"content-security-policy", policy), (b"x-content-type-options", b"nosniff")]
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            await send(message)
+
+        return sending
 
 
 def headers_of(scope: Scope) -> dict[str, str]:
@@ -133,10 +161,15 @@ def token_given(scope: Scope, settings: Settings) -> bool:
     """Does the request itself carry the token, if one is asked for?"""
     if settings.token is None:
         return True
+    return any(same(settings.token, value) for value in tokens_of(scope))
+
+
+def tokens_of(scope: Scope) -> list[str]:
+    """What a request gives as the token: in its address, its cookie, its Authorization header."""
     headers = headers_of(scope)
     bearer = headers.get("authorization", "").removeprefix("Bearer ")
     given = (query_of(scope).get("token"), cookies_of(headers).get(TOKEN_COOKIE), bearer)
-    return any(same(settings.token, value) for value in given)
+    return [token for token in given if token]
 
 
 def _name_of(host: str) -> str:
@@ -145,15 +178,37 @@ def _name_of(host: str) -> str:
 
 
 class Doorman:
-    """Limits how often one address may connect. Remembers so many addresses and forgets the oldest."""
+    """Limits how often one address may do something. Remembers so many addresses and forgets the oldest.
 
-    def __init__(self, connects: int) -> None:
-        self._connects = connects
+    Args:
+        times: at once, and the same again every minute.
+    """
+
+    def __init__(self, times: int) -> None:
+        self._times = times
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
     def admits(self, address: str) -> bool:
-        bucket = self._buckets.pop(address, None) or Bucket(self._connects / 60, self._connects)
+        """Once more? Then it counts."""
+        address = network_of(address)
+        bucket = self._buckets.pop(address, None) or Bucket(self._times / 60, self._times)
         self._buckets[address] = bucket
         if len(self._buckets) > REMEMBERED_ADDRESSES:
             self._buckets.popitem(last=False)
         return bucket.take()
+
+    def blocks(self, address: str) -> bool:
+        """Would it be refused now?"""
+        bucket = self._buckets.get(network_of(address))
+        return bucket is not None and bucket.empty
+
+
+def network_of(address: str) -> str:
+    """An IPv6 household has 2^64 addresses, so all of them count as one."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if parsed.version == 4 or parsed.ipv4_mapped is not None:
+        return address
+    return str(ipaddress.IPv6Network((int(parsed), 64), strict=False))

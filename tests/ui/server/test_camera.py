@@ -169,3 +169,16 @@ def test_colours_arrive_in_order():
     assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[32, 32].tolist() == pytest.approx(
         [0, 0, 255], abs=4
     )
+
+
+@pytest.mark.parametrize("marker", [0x00, 0x01, 0xD0, 0xD7, 0xD8, 0xF0])
+def test_a_jpeg_that_hides_its_true_size_from_us_is_refused(marker):
+    """To a decoder `marker` has no length, to a careless reader it has one that leads to another, small frame."""
+    small = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+    frame = small[small.index(b"\xff\xc0") :]
+    bomb = picture(size=(2600, 2600))
+    comment = bytearray(b"\xff\xe0\xff\xfd" + bytes(65531))
+    comment[0xFFE0:] = frame[: len(comment) - 0xFFE0].ljust(len(comment) - 0xFFE0, b"\0")
+    crafted = bomb[:2] + bytes((0xFF, marker)) + bytes(comment) + bomb[2:]
+    with pytest.raises(Refused, match="damaged"):
+        dimensions(crafted)

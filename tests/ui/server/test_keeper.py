@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from types import SimpleNamespace
 
@@ -88,25 +87,25 @@ def vaults():
         vault.close()
 
 
-def test_a_server_learns_that_its_session_has_gone_elsewhere(vaults, eventually):
+def test_a_server_learns_that_its_session_has_gone_elsewhere(vaults, eventually, run_async):
     first, second = vaults
     lost: list[str] = []
     first.open(lost.append)
     second.open(lambda secret: pytest.fail("it has just taken it"))
     for frame in range(5):
         first.put(saved(frame=frame))
-    assert asyncio.run(second.find("s")) is None, "nothing was sent yet"
-    eventually(lambda: asyncio.run(second.find("s")) is not None)
+    assert run_async(second.find("s")) is None, "nothing was sent yet"
+    eventually(lambda: run_async(second.find("s")) is not None)
     eventually(lambda: lost == ["s"])
 
 
-def test_what_is_put_last_is_sent_before_the_end(vaults):
+def test_what_is_put_last_is_sent_before_the_end(vaults, run_async):
     first, second = vaults
     for vault in vaults:
         vault.open(lambda secret: None)
     first.put(saved(frame=9))
     first.close()
-    assert asyncio.run(second.find("s")).frame == 9
+    assert run_async(second.find("s")).frame == 9
 
 
 def test_a_keeper_that_is_away_costs_a_moment_and_no_session(eventually):

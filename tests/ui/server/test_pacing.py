@@ -91,7 +91,7 @@ def test_a_distant_client_is_not_taken_for_a_congested_one():
     assert flow.quality > FIRST_QUALITY
 
 
-def test_of_pictures_only_the_newest_is_sent_and_of_words_all():
+def test_of_pictures_only_the_newest_is_sent_and_of_words_all(run_async):
     async def talk() -> tuple[list, Outbox]:
         sent: list = []
         gate = asyncio.Event()
@@ -113,7 +113,7 @@ def test_of_pictures_only_the_newest_is_sent_and_of_words_all():
             running.cancel()
         return sent, outbox
 
-    sent, outbox = asyncio.run(talk())
+    sent, outbox = run_async(talk())
     assert [message for message in sent if isinstance(message, str)] == ["first", *(f"word {n}" for n in range(50))]
     (picture,) = (message for message in sent if isinstance(message, bytes))
     assert VIDEO_HEADER.unpack_from(picture)[4] == 49
@@ -121,7 +121,7 @@ def test_of_pictures_only_the_newest_is_sent_and_of_words_all():
     assert outbox.sent == 1
 
 
-def test_a_picture_that_comes_late_never_turns_time_back():
+def test_a_picture_that_comes_late_never_turns_time_back(run_async):
     async def talk() -> list[int]:
         sent: list[int] = []
 
@@ -140,4 +140,4 @@ def test_a_picture_that_comes_late_never_turns_time_back():
             running.cancel()
         return sent
 
-    assert asyncio.run(talk()) == [0, 2]
+    assert run_async(talk()) == [0, 2]

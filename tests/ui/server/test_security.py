@@ -8,6 +8,7 @@ import socket
 import httpx
 import pytest
 
+from millstream.ui.server import security
 from millstream.ui.server.app import create_app
 from millstream.ui.server.pacing import Bucket
 from millstream.ui.server.security import Doorman, check_exposure, is_loopback
@@ -108,6 +109,22 @@ def test_a_name_that_somebody_pointed_here_is_refused(serve):
     assert b" 101 " in answer
 
 
+def test_no_other_site_may_frame_the_page(serve):
+    reply = httpx.get(serve(origins=("https://friend.example",)).http)
+    assert reply.headers["content-security-policy"] == "frame-ancestors 'self' https://friend.example"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+def test_who_guesses_tokens_is_not_listened_to_for_a_while(serve, monkeypatch):
+    monkeypatch.setattr(security, "GUESSES", 3)
+    running = serve(token=TOKEN)
+    for guess in range(3):
+        assert "asks for the token" in httpx.get(running.http, params={"token": f"guess{guess}"}).text
+    late = httpx.get(running.http, headers={"authorization": f"Bearer {TOKEN}"})
+    assert (late.status_code, "Too many wrong tokens" in late.text) == (401, True)
+    assert httpx.get(f"{running.http}/health").status_code == 200
+
+
 def test_other_sites_may_not_post(serve):
     running = serve()
     reply = httpx.post(f"{running.http}/gradio_api/call/generate", headers={"origin": "http://evil.example"})
@@ -129,6 +146,14 @@ def test_a_bucket_fills_again_at_its_rate():
     assert [bucket.take() for _ in range(2)] == [True, False]
     now = 100.0
     assert [bucket.take() for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_household_of_ipv6_counts_as_one_address_and_mapped_ipv4_does_not():
+    doorman = Doorman(1)
+    assert [doorman.admits(f"2001:db8::{tail}") for tail in ("1", "2")] == [True, False]
+    assert doorman.blocks("2001:db8::3")
+    assert not doorman.blocks("2001:db8:0:1::3")
+    assert [doorman.admits(f"::ffff:192.0.2.{tail}") for tail in ("1", "2", "1")] == [True, True, False]
 
 
 def test_a_doorman_remembers_many_addresses_but_not_all():
