@@ -48,8 +48,9 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
 
     Args:
         kind: see the module.
-        vocab_size: V. With `token_channels` tokens are vectors of so many channels instead, and the outputs are
-            conditions [.., D] for a flow head.
+        vocab_size: V.
+        token_channels: width C of tokens that are vectors; the outputs are then conditions [.., D] for a flow head. For
+            kind "scales" that of its inputs, the codec's latents, and needed: it predicts discrete tokens all the same.
         grid: sides of the token grid: (rows, columns), or (frames, rows, columns). For kind "scales" it is the last.
         dim, num_heads, ffn_dim: of every layer.
         num_layers: self-attention layers.
@@ -80,10 +81,9 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         learned_positions: bool = False,
     ) -> None:
         super().__init__()
-        _check(kind, grid, num_cross_layers, scale_sides)
-        self.token_embedding = (
-            nn.Embedding(vocab_size, dim) if token_channels is None else nn.Linear(token_channels, dim)
-        )
+        _check(kind, grid, num_cross_layers, scale_sides, token_channels)
+        discrete = token_channels is None
+        self.token_embedding = nn.Embedding(vocab_size, dim) if discrete else nn.Linear(token_channels, dim)
         self.text_projection = nn.Linear(text_dim, dim)
         self.self_decoder = Stack(num_layers, dim, num_heads, ffn_dim)
         self.mask_embedding = nn.Parameter(torch.randn(dim) * 0.02)
@@ -95,11 +95,12 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         if kind == "scales":
             self.scale_embedding = nn.Parameter(torch.randn(len(scale_sides or ()), dim) * 0.02)
         self.norm_out = nn.RMSNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, vocab_size, bias=False) if token_channels is None else nn.Identity()
+        has_logits = discrete or kind == "scales"
+        self.head = nn.Linear(dim, vocab_size, bias=False) if has_logits else nn.Identity()
+        places = _places(grid, scale_sides)
         if learned_positions:
-            places = len(_places(grid, scale_sides))
-            self.position_embedding = nn.Parameter(torch.randn(places, dim) * 0.02)
-        cos, sin = axial_angles(_places(grid, scale_sides), dim // num_heads)
+            self.position_embedding = nn.Parameter(torch.randn(len(places), dim) * 0.02)
+        cos, sin = axial_angles(places, dim // num_heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self._initialise()
@@ -151,7 +152,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             computed from what decoding would know at that moment.
         """
         kind: Kind = self.config["kind"]
-        if (kind == "two_pass") != (order is not None) or (kind == "masked") != (known is not None):
+        if (kind == "two_pass", kind == "masked") != (order is not None, known is not None):
             raise ValueError(f'kind "{kind}" takes {_EXTRA[kind]}; give that and nothing else')
         prefix = self.text_projection(text)
         if kind == "two_pass":
@@ -203,7 +204,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         capacity = prefix.shape[1] + self.tokens
         made = [self._keys(prefix, capacity) for _ in range(self.config["num_layers"])]
         shared = self._keys(prefix, capacity) if self.config["kind"] == "two_pass" else None
-        rotary = self._still(prefix)
+        rotary = self.rotary(torch.zeros(0, dtype=torch.int64, device=prefix.device), prefix.shape[1])
         x = self.self_decoder(prefix, Where(rotary, None, made))
         if shared is not None:
             shared.append(*self._share(x, rotary))
@@ -273,10 +274,6 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         heads, dim = self.config["num_heads"], self.config["dim"]
         return KeysValues(like, like.shape[0], capacity, heads, dim // heads)
 
-    def _still(self, prefix: Tensor) -> Rotary:
-        cos = self.cos.new_ones(prefix.shape[1], self.cos.shape[1])
-        return cos, torch.zeros_like(cos)
-
 
 _EXTRA = {"two_pass": "order=", "masked": "known=", "causal": "tokens alone", "scales": "the scales' inputs alone"}
 
@@ -288,12 +285,16 @@ def _places(grid: Sequence[int], scale_sides: Sequence[int] | None) -> Tensor:
     return torch.cat([(grid_places((side, side)) + 0.5) * (last / side) - 0.5 for side in scale_sides])
 
 
-def _check(kind: str, grid: Sequence[int], cross: int, scale_sides: Sequence[int] | None) -> None:
+def _check(
+    kind: str, grid: Sequence[int], cross: int, scale_sides: Sequence[int] | None, token_channels: int | None
+) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
     if (kind == "two_pass") != (cross > 0):
         raise ValueError(f'num_cross_layers is for kind "two_pass" (at least 1) alone; kind "{kind}" got {cross}')
     if (kind == "scales") != (scale_sides is not None):
         raise ValueError(f'scale_sides is for kind "scales" alone, which needs it; kind "{kind}" got {scale_sides}')
+    if kind == "scales" and token_channels is None:
+        raise ValueError('kind "scales" sees maps of the codec: give token_channels, the length of its codes')
     if scale_sides is not None and tuple(grid) != (scale_sides[-1],) * 2:
         raise ValueError(f"grid must be the last scale, {(scale_sides[-1],) * 2}, got {tuple(grid)}")

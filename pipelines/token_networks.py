@@ -76,8 +76,9 @@ class MaskedNetwork:
         self.rows, self.asked = text.shape[0], 0
         self.left = model.tokens  # open places: a number the host knows, since `new` tells what was decided
         self.outputs: Tensor | None = None
-        cells = model.places.double()
-        self.nearness = torch.exp(-torch.cdist(cells, cells).square() / (2 * reach**2)).to(text)
+        if budget is not None:
+            cells = model.places.double()
+            self.nearness = torch.exp(-torch.cdist(cells, cells).square() / (2 * reach**2)).to(text)
 
     def __call__(self, ask: Ask) -> Tensor:
         times = self.rows // ask.tokens.shape[0]

@@ -121,6 +121,7 @@ def test_scales_decoding_equals_training(text: Tensor) -> None:
     net = model("scales", scale_sides=sides, token_channels=5)
     inputs = torch.randn(B, 4 + 16, 5, generator=torch.Generator().manual_seed(4))
     at_once = net(inputs, text)
+    assert at_once.shape == (B, 1 + 4 + 16, V)
     cache = net.begin(text)
     parts = [net.predict_scale(0, None, cache)]
     parts += [net.predict_scale(1, inputs[:, :4], cache), net.predict_scale(2, inputs[:, 4:], cache)]
@@ -185,7 +186,9 @@ def test_contradictions_are_refused(text: Tensor, tokens: Tensor) -> None:
         model("spiral")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='is for kind "two_pass"'):
         TokenTransformer(kind="causal", **SIZES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give token_channels, the length of its codes"):
+        model("scales", scale_sides=(1, 4))
     with pytest.raises(ValueError, match=r"grid must be the last scale, \(5, 5\), got \(4, 4\)"):
-        model("scales", scale_sides=(1, 5))
+        model("scales", scale_sides=(1, 5), token_channels=5)
     with pytest.raises(ValueError, match='kind "two_pass" takes order='):
         model("two_pass")(tokens, text)
