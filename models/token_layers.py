@@ -96,7 +96,8 @@ class Heads(nn.Module):
         self.norm = nn.RMSNorm(head_dim, eps=1e-6)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        return apply_rotary(self.norm(x.unflatten(-1, (self.heads, -1))), *rotary)
+        x = x.unflatten(-1, (self.heads, -1))
+        return apply_rotary(self.norm(x).to(x.dtype), *rotary)  # autocast may norm in float32
 
 
 class Where(NamedTuple):

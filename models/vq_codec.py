@@ -137,19 +137,23 @@ class VQAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
 
         Source: VAR (arXiv:2404.02905), algorithm 1.
         """
-        latents = latents.float()
-        if not self.mends:
-            tokens = self.nearest(latents)
-            drawn = self._map(tokens)
-        else:
-            drawn, found = torch.zeros_like(latents), []
-            for level, side in enumerate(self.sides):
-                left = (latents - drawn).detach()
-                found.append(self.nearest(F.interpolate(left, size=(side, side), mode="area")))
-                drawn = drawn + self._spread(level, self._map(found[-1]))
-            tokens = torch.cat(found, dim=1)
+        with torch.autocast(latents.device.type, enabled=False):  # in half precision the nearest code is often another
+            latents = latents.float()
+            drawn, tokens = self._nearest_maps(latents)
         loss = F.mse_loss(drawn, latents.detach()) + 0.25 * F.mse_loss(latents, drawn.detach())
         return Quantized(latents + (drawn - latents).detach(), tokens, loss)
+
+    def _nearest_maps(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What the nearest codes draw [B, C, h, w], and which they are [B, N]."""
+        if not self.mends:
+            tokens = self.nearest(latents)
+            return self._map(tokens), tokens
+        drawn, found = torch.zeros_like(latents), []
+        for level, side in enumerate(self.sides):
+            left = (latents - drawn).detach()
+            found.append(self.nearest(F.interpolate(left, size=(side, side), mode="area")))
+            drawn = drawn + self._spread(level, self._map(found[-1]))
+        return drawn, torch.cat(found, dim=1)
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Codes [B, h * w] nearest to latents [B, C, h, w]."""

@@ -1,10 +1,10 @@
-"""Recipe of pictures from words: a two-pass token transformer, trained in random orders with its text encoder.
+"""Recipe of pictures from words: a token transformer, trained in random orders together with its text encoder.
 
     millstream train emoji --data data/emoji.safetensors --codec runs/emoji-codec --out runs/emoji --minutes 9
 
 Every picture is learnt in a new order each time (ARPG, arXiv:2503.10568), so one checkpoint answers to random-order,
 masked and raster decoding and to in-painting. A training-only head that tells which picture a phrase means makes
-the text encoder see early that "apple, red" and "draw a red apple" are one.
+the text encoder see early that "apple, red" and "draw a red apple" are one. `--kind masked` trains MaskGIT instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from accelerate import Accelerator
@@ -28,13 +29,15 @@ from .emoji_data import Emojis
 from .emoji_words import phrase
 from .trainer import Batch, Budget, Trainer
 
+TrainedKind = Literal["two_pass", "masked"]
+
 PHRASES = 96  # of each picture
 UNPROMPTED = 0.1
 RASTER = 0.1  # share of rows learnt from the first place to the last, which random orders hardly ever are
 
 
 class TokenObjective(nn.Module):
-    """Cross-entropy of every token in a random order, and of which picture the phrase means.
+    """Cross-entropy of every token in a random order (kind masked: of the hidden ones), and of which picture is meant.
 
     Batch: `tokens` int64 [B, N]; `prompts` byte ids [B, L]; `pictures` int64 [B], -1 where the prompt was left out.
     """
@@ -46,13 +49,29 @@ class TokenObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         text = self.text_encoder(batch["prompts"])
-        order = random_orders(batch["tokens"])
-        logits = self.transformer(batch["tokens"], text, order=order)
-        token_loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].gather(1, order).flatten())
+        token_loss = self.token_loss(batch["tokens"], text)
         similarity = self.text_encoder.summary(text) @ F.normalize(self.prototypes.float(), dim=-1).T
         meant = F.cross_entropy(similarity / 0.05, batch["pictures"], ignore_index=-1, reduction="sum")
         words = meant / (batch["pictures"] >= 0).sum().clamp_min(1)
         return token_loss + 0.1 * words, {"tokens": token_loss.detach(), "words": words.detach()}
+
+    def token_loss(self, tokens: Tensor, text: Tensor) -> Tensor:
+        if self.transformer.config["kind"] == "masked":
+            known = random_shown(tokens)
+            logits = self.transformer(tokens, text, known=known)
+            wanted = tokens.masked_fill(known, -1)
+        else:
+            order = random_orders(tokens)
+            logits = self.transformer(tokens, text, order=order)
+            wanted = tokens.gather(1, order)
+        return F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=-1)
+
+
+def random_shown(tokens: Tensor) -> Tensor:
+    """Which of [B, N] are shown: all but a share cos(pi r / 2), r uniform, and one at least (MaskGIT)."""
+    hidden = torch.cos(torch.rand(len(tokens), 1, device=tokens.device) * torch.pi / 2)
+    chance = torch.rand(tokens.shape, device=tokens.device)
+    return (chance >= hidden) & (chance > chance.amin(dim=1, keepdim=True))
 
 
 def random_orders(tokens: Tensor) -> Tensor:
@@ -89,17 +108,19 @@ class Captions:
         }
 
 
-def emoji_transformer(codec: VQAutoencoder, text_dim: int, *, dim: int = 192, layers: int = 3) -> TokenTransformer:
+def emoji_transformer(
+    codec: VQAutoencoder, text_dim: int, *, dim: int = 192, layers: int = 3, kind: TrainedKind = "two_pass"
+) -> TokenTransformer:
     """The shape of the embedded model: 3 + 3 layers of width 192, 2.9 M parameters with its vocabulary of 1024."""
     return TokenTransformer(
-        kind="two_pass",
+        kind=kind,
         vocab_size=codec.config["codebook_size"],
         grid=(codec.sides[-1], codec.sides[-1]),
         dim=dim,
         num_heads=dim // 64,
         ffn_dim=-(-dim * 8 // 3 // 64) * 64,
-        num_layers=layers,
-        num_cross_layers=layers,
+        num_layers=layers if kind == "two_pass" else 2 * layers,
+        num_cross_layers=layers if kind == "two_pass" else 0,
         text_dim=text_dim,
         learned_positions=True,
     )
@@ -116,6 +137,7 @@ def train(
     start: Path | None = None,
     dim: int = 192,
     layers: int = 3,
+    kind: TrainedKind = "two_pass",
 ) -> None:
     """Train a transformer and its text encoder; save both below `out`.
 
@@ -129,7 +151,7 @@ def train(
         transformer = TokenTransformer.from_pretrained(start / "transformer", torch_dtype=torch.float32)
     else:
         text_encoder = ByteTextEncoder(dim=112, tokens=8, layers=2, max_bytes=128)
-        transformer = emoji_transformer(codec, text_encoder.config["dim"], dim=dim, layers=layers)
+        transformer = emoji_transformer(codec, text_encoder.config["dim"], dim=dim, layers=layers, kind=kind)
     codec.eval().to(accelerator.device)
     tokens = encode_all(codec, emojis.pictures.to(accelerator.device))
     set_seed(seed, device_specific=True)
@@ -150,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--codec", type=Path, required=True, help="folder of the trained codec")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models and their checkpoint")
     parser.add_argument("--start", type=Path, help="folder of a trained model whose weights to go on from")
+    parser.add_argument("--kind", default="two_pass", choices=get_args(TrainedKind), help="default: %(default)s")
     parser.add_argument("--dim", type=int, default=192, help="width, a multiple of 64 (default: 192)")
     parser.add_argument("--layers", type=int, default=3, help="layers of each pass (default: 3)")
     parser.add_argument("--minutes", type=float, default=9.0)
@@ -170,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start=arguments.start,
         dim=arguments.dim,
         layers=arguments.layers,
+        kind=arguments.kind,
     )
 
 

@@ -240,6 +240,23 @@ def test_grids_the_codec_recipe_lacks_are_refused() -> None:
         emoji_codec.emoji_codec(64, 32)
 
 
+def test_masks_hide_one_token_at_least_and_often_most() -> None:
+    torch.manual_seed(0)
+    hidden = (~emoji.random_shown(torch.zeros(2000, 16))).sum(dim=1)
+    assert int(hidden.min()) == 1
+    assert int(hidden.max()) == 16
+    assert abs(float(hidden.float().mean()) / 16 - 2 / torch.pi) < 0.03  # the mean of cos
+
+
+def test_a_masked_model_learns_by_the_same_recipe(tmp_path: Path, on_the_cpu: None) -> None:
+    torch.manual_seed(0)
+    budget = Budget(5.0, 3, 1e-3, warmup_steps=1, muon_scale=0)
+    codec = VQAutoencoder(16, 32, 8, (8, 16), (1, 1), (1, 1))
+    emoji.train(codec, squares(), budget, tmp_path, batch_size=4, seed=0, dim=64, layers=1, kind="masked")
+    loaded = TokenTransformer.from_pretrained(tmp_path / "transformer")
+    assert (loaded.config["kind"], loaded.config["num_layers"], loaded.config["num_cross_layers"]) == ("masked", 2, 0)
+
+
 def test_orders_are_permutations_and_some_are_the_raster() -> None:
     orders = emoji.random_orders(torch.zeros(300, 9))
     assert torch.equal(orders.sort(dim=1).values, torch.arange(9).expand(300, -1))
