@@ -50,7 +50,7 @@ def add_generate(gr: Any, settings: PageSettings) -> None:
             show_progress_on=clip,
             api_name="generate",
         )
-        stop.click(_stopper(gr, wanted), cancels=[drawing], queue=False, api_visibility="private")
+        stop.click(_stopper(gr, wanted), cancels=[drawing], concurrency_limit=None, api_visibility="private")
 
 
 def _inputs(gr: Any) -> list[Any]:

@@ -132,6 +132,7 @@ class Seat:
         if cue != self._cue and cue >= 0:
             entry = self.timeline[cue]
             self.session.steer(**{name: value for name, value in entry.items() if name != "at"})
+            self.find_nearest()
         self._cue = cue
 
     def drew(self, chunks: Sequence[Chunk], now: float) -> None:
@@ -193,6 +194,7 @@ class Seat:
         self.session.restore(saved.snapshot)
         self.secret = self._branch = saved.secret
         self.frame, self.timeline, self.running = saved.frame, saved.timeline, saved.running
+        self.find_nearest()
 
     def reset(self, seed: int | None) -> dict[str, Any]:
         """Begin anew, from `seed` or from a new one."""
@@ -242,6 +244,7 @@ class Seat:
         self.session.restore(snapshot)
         if keys is not None:
             self.session.steer(keys=keys)
+        self.find_nearest()
 
     def _jumped(self, position: float) -> None:
         self.position, self._cue, self.due = position, -1, None

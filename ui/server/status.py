@@ -69,6 +69,7 @@ def status(seat: Seat, sessions: Sessions, outbox: Outbox, eye: Eye | None, age_
         "age_ms": age_ms,
         "dropped": outbox.dropped + seat.inbox.dropped + (eye.dropped if eye else 0),
         "applied": seat.session.applied,
+        "prompt": seat.session.control.prompt,
         "frame": round(seat.position * seat.pipe.rate),
         "running": seat.running,
         "memory_mb": memory_mb(),

@@ -120,18 +120,29 @@ def test_back_and_branch(view: Any, server: Any, wait: Any) -> None:
     wait(lambda: seat.position > 1.5)
     view.page.click(".branch")
     view.page.wait_for_selector(".branches button:text('Branch 1')")
+    view.page.fill("input[name=prompt]", "a maze that nobody has learnt")
+    view.page.keyboard.press("Enter")
+    wait(lambda: "Nearest world" in view.page.inner_text(".hint"))
+    view.page.click(".branches button:text('Branch 1')")
+    wait(lambda: view.page.inner_text(".hint") == "Applied.")
     view.page.click(".world:text('a dark maze with red walls')")
     view.until_colour(lambda red, green, blue: red > 200)
+    view.page.click(".branches button:text('Main')")
     view.page.click(".branches button:text('Branch 1')")
+    view.page.click(".world:text('a brick corridor with soldiers')")
     view.until_colour(lambda red, green, blue: red < 60)
     wait(lambda: view.page.input_value("input[name=prompt]") == "a brick corridor with soldiers")
     assert view.page.get_attribute(".branches button:text('Branch 1')", "aria-pressed") == "true"
     wait(lambda: len(seat.history._moments) > 0)
     view.page.click(".back")
     wait(lambda: re.search(r"Back \d+ second", view.page.inner_text(".notice")))
+    view.open("camera")
+    view.page.wait_for_selector(".branches", state="hidden")
+    view.open("play")
+    view.page.wait_for_selector(".branches button:text('Branch 1')")
 
 
-def test_timeline_changes_the_prompt_by_itself(view: Any) -> None:
+def test_timeline_changes_the_prompt_by_itself(view: Any, wait: Any) -> None:
     view.start()
     view.page.click("text=Add a prompt for later")
     view.page.fill(".timeline input[type=text]", "a dark maze with red walls")
@@ -139,6 +150,8 @@ def test_timeline_changes_the_prompt_by_itself(view: Any) -> None:
     view.page.keyboard.press("Tab")
     view.until_colour(lambda red, green, blue: red > 200)
     assert view.page.locator(".ruler .mark.past").count() == 1
+    wait(lambda: view.page.input_value("input[name=prompt]") == "a dark maze with red walls")
+    wait(lambda: view.page.inner_text(".hint") == "Applied.")
 
 
 def test_a_dropped_socket_comes_back_to_the_same_session(view: Any, server: Any, wait: Any) -> None:

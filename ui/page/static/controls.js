@@ -1,6 +1,6 @@
 // The toolbar under the picture, and what hangs on it: recording, branches.
 
-const BRANCHES = "millstream.branches";
+const BRANCHES = (mode) => `millstream.branches.${mode}`; // Play and Camera have a session each
 
 export class Controls {
   constructor(root, live, { restart }) {
@@ -36,9 +36,10 @@ export class Controls {
 
   welcomed(welcome) {
     this.showRecording(false);
-    const kept = JSON.parse(sessionStorage.getItem(BRANCHES) ?? "{}");
+    const kept = JSON.parse(sessionStorage.getItem(BRANCHES(welcome.mode)) ?? "{}");
     const mine = kept.session === welcome.session && welcome.resumed;
     this.session = welcome.session;
+    this.mode = welcome.mode;
     this.known = mine ? kept.known : [{ resume: welcome.resume, name: "Main" }];
     this.current = mine ? kept.current : welcome.resume;
     this.showBranches();
@@ -79,7 +80,7 @@ export class Controls {
 
   showBranches() {
     const { session, known, current } = this;
-    sessionStorage.setItem(BRANCHES, JSON.stringify({ session, known, current }));
+    sessionStorage.setItem(BRANCHES(this.mode), JSON.stringify({ session, known, current }));
     this.branches.hidden = this.known.length < 2;
     const row = this.branches.querySelector(".row");
     row.replaceChildren(

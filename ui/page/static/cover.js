@@ -35,5 +35,6 @@ export function coverFor(live, { drawn, sourceOpen }) {
 
 function invitation({ mode, welcome }) {
   if (mode === "camera") return "The source is ready.";
+  if (welcome?.resumed) return "It goes on where you left it.";
   return welcome && Object.keys(welcome.keys ?? {}).length ? "Walk with the keys, change the world with words." : "";
 }

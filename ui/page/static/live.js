@@ -4,7 +4,7 @@ import { Connection } from "./connection.js";
 
 const RESUME = (mode) => `millstream.resume.${mode}`;
 
-/** Events: "state" {name, ...}, "welcome", "status", "frame", "notice" {text, tone}; "changed" after any of them. */
+/** Events: "state" {name, ...}, "welcome", "status", "prompted", "frame", "notice" {text, tone}; "changed" after any of them. */
 export class Live extends EventTarget {
   constructor() {
     super();
@@ -76,6 +76,10 @@ export class Live extends EventTarget {
   heardStatus(status) {
     this.status = status;
     this.running = status.running;
+    if (status.prompt !== this.prompt && this.sent <= status.applied) {
+      this.prompts[this.mode] = status.prompt; // the timeline has changed it
+      this.tell("prompted");
+    }
     this.tell("status", status);
   }
 

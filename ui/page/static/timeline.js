@@ -2,7 +2,7 @@
 
 const seconds = (value) => `${Math.floor(value / 60)}:${String(Math.floor(value % 60)).padStart(2, "0")}`;
 
-const KEPT = "millstream.timeline";
+const KEPT = (mode) => `millstream.timeline.${mode}`; // Play and Camera have a session each
 
 export class Timeline {
   constructor(root, live) {
@@ -25,7 +25,8 @@ export class Timeline {
   /** A resumed session still has its timeline; a fresh one, or another mode's, begins empty. */
   welcomed(welcome) {
     this.session = welcome.session;
-    const kept = JSON.parse(sessionStorage.getItem(KEPT) ?? "{}");
+    this.mode = welcome.mode;
+    const kept = JSON.parse(sessionStorage.getItem(KEPT(welcome.mode)) ?? "{}");
     this.entries = kept.session === this.session && welcome.resumed ? kept.entries : [];
     this.render();
   }
@@ -70,7 +71,7 @@ export class Timeline {
 
   /** The whole timeline replaces the old one; rows without words are still being written. */
   async send() {
-    sessionStorage.setItem(KEPT, JSON.stringify({ session: this.session, entries: this.entries }));
+    sessionStorage.setItem(KEPT(this.mode), JSON.stringify({ session: this.session, entries: this.entries }));
     const entries = this.entries.filter((entry) => entry.prompt).sort((a, b) => a.at - b.at);
     await this.live.order("timeline", { entries: entries.map(({ at, prompt }) => ({ at, prompt })) });
   }

@@ -23,6 +23,7 @@ export class Words {
     live.addEventListener("status", () => this.showHint());
     live.addEventListener("steered", () => this.showHint());
     live.addEventListener("ordered", () => this.showPrompt());
+    live.addEventListener("prompted", () => this.showPrompt());
   }
 
   get applied() {
@@ -42,7 +43,7 @@ export class Words {
     this.showHint();
   }
 
-  /** Going back or to another branch brings its prompt with it. */
+  /** Going back, to another branch, or past an entry of the timeline brings a prompt with it. */
   showPrompt() {
     if (document.activeElement !== this.line) this.line.value = this.applied;
     this.showHint();
