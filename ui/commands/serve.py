@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..server.sessions import Sessions
     from ..server.settings import Settings
 
+MODEL = "freedoom"
 PORT = 7860
 MESSAGE_BYTES = 4 * 2**20  # above every limit of the protocol, which answers with a reason; this one just hangs up
 
@@ -28,7 +29,12 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         help="open the live page in the browser: play, camera, generate",
         description="Serves a page to this machine. Others come in only with --host and --token; see docs/serving.md",
     )
-    parser.add_argument("--model", default="freedoom", help="a shipped model or a model's folder (default: freedoom)")
+    parser.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        help="a shipped model or a model's folder (default: freedoom); given again, the page can change to that one",
+    )
     parser.add_argument("--recipe", help="run --model as a video model, the way of this recipe: self_forcing, ...")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
@@ -73,16 +79,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Everything that can be refused is refused before the model is loaded."""
     settings = settings_from(arguments)
     if arguments.ray:
+        if len(arguments.models or ()) > 1:
+            raise ValueError("--ray serves one model; give --model once")
         return run_on_ray(arguments, settings)
     listener = listen(settings.host, arguments.port)
     try:
-        pipe = load_pipeline(arguments.model, arguments.device, arguments.recipe)
-
         from ..page import PageSettings
         from ..server.app import create_app
+        from ..server.swap import Swap
 
-        page = PageSettings(model=settings.model, recipe=settings.recipe, pipeline=lambda: pipe)
-        app = create_app(pipe, settings, page=page)
+        def load(model: str, recipe: str) -> Servable:
+            return load_pipeline(model, arguments.device, recipe or None)
+
+        models = tuple(dict.fromkeys(arguments.models or [MODEL]))
+        several = len(models) > 1
+        page = PageSettings(
+            model=settings.model,
+            models=models if several else (MODEL,),
+            recipe=settings.recipe,
+            pipeline=lambda: app.state.sessions.pipe,
+            load=Swap(lambda: app.state.sessions, load) if several else None,
+        )
+        app = create_app(load(settings.model, settings.recipe), settings, page=page)
         address = address_of(settings, listener.getsockname()[1])
         print_welcome(settings, address)
         make_server(app, app.state.sessions, address if arguments.open else None).run(sockets=[listener])
@@ -119,7 +137,7 @@ def run_on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     ray_serve.import_ray()
     with listen(settings.host, arguments.port) as listener:  # Ray would say it in a hundred lines
         port = listener.getsockname()[1]
-    model, device, recipe = arguments.model, arguments.device, arguments.recipe
+    model, device, recipe = settings.model, arguments.device, arguments.recipe
     gpus = 1.0 if pick_device(device).type == "cuda" else 0.0
     try:
         ray_serve.start(
@@ -152,7 +170,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     if arguments.recordings is not None:
         arguments.recordings.mkdir(parents=True, exist_ok=True)
     return Settings(
-        model=arguments.model,
+        model=(arguments.models or [MODEL])[0],
         recipe=arguments.recipe or "",
         host=arguments.host,
         token=token,

@@ -39,7 +39,7 @@ class Engine:
 
     def __init__(self, rate: float, failed: Callable[[Seat, Exception], None]) -> None:
         self.rounds = self.steps = 0
-        self._slack = TOGETHER / rate
+        self.follow(rate)
         self._failed = failed
         self._seats: list[Seat] = []
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
@@ -47,6 +47,10 @@ class Engine:
         self._stopping = False
         self._nudged = False
         self._thread = Thread(target=self._run, name="millstream-engine", daemon=True)
+
+    def follow(self, rate: float) -> None:
+        """The frames of what is drawn come at `rate` from now on."""
+        self._slack = TOGETHER / rate
 
     def start(self) -> None:
         self._thread.start()

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .contract import Mode, Saved, Servable, Vault, Viewer
@@ -204,6 +204,20 @@ class Sessions:
         else:
             seat.close()
         self._admit()
+
+    def swap(self, pipe: Servable, model: str, recipe: str, preset: str) -> None:
+        """Draw with another pipeline from now on: whoever is here is told, and begins anew. For any thread but ours."""
+        assert self._loop is not None
+        settings = replace(self.settings, model=model, recipe=recipe, preset=preset)
+        asyncio.run_coroutine_threadsafe(self._swap(pipe, settings), self._loop).result()
+
+    async def _swap(self, pipe: Servable, settings: Settings) -> None:
+        self.pipe, self.settings = pipe, settings
+        self.engine.follow(pipe.rate)
+        self._parked.clear()
+        for seat in list(self.seats):
+            self._drop(seat, Close.GOING_AWAY, f"{settings.model} is loaded now")
+        await asyncio.wrap_future(self.engine.call(lambda: None))  # the old streams are closed, their memory is free
 
     def _drop(self, seat: Seat, code: Close, message: str) -> None:
         viewer, seat.viewer = seat.viewer, None

@@ -149,7 +149,7 @@ class Connection:
         self._commands = Commands(seat, self.sessions, self._say)
         if seat.mode == "camera":
             self._eye = Eye(seat, self.sessions.engine, self.pool, self._say, self._finish)
-        self._say(welcome(seat, self.settings, resumed=resumed, formats=self._outbox.formats))
+        self._say(welcome(seat, self.sessions.settings, resumed=resumed, formats=self._outbox.formats))
         self.sessions.attach(seat, self)
         await self._report_for_ever(seat)
 

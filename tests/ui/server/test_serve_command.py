@@ -38,6 +38,7 @@ def test_a_port_in_use_is_named_with_the_way_out(capsys):
         (["--host", "nowhere.invalid", "--token"], "there is no address 'nowhere.invalid'"),
         (["--host", "203.0.113.7", "--token"], "can't listen on 203.0.113.7"),
         (["--token", "short"], "at least 8"),
+        (["--ray", "--model", "freedoom", "--model", "other"], "give --model once"),
         (["--origin", "example.org"], "https://example.org"),
         (["--origin", "https://example.org/page"], "scheme and a host"),
         (["--model", "no-such-model", "--port", "0"], "no model 'no-such-model'"),
