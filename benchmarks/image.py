@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from millstream.models.token_transformer import Kind, TokenTransformer
+from millstream.models.token_config import Kind
+from millstream.models.token_transformer import TokenTransformer
 from millstream.pipelines.token_networks import CachedNetwork, MaskedNetwork, PhiloxDraws
 from millstream.samplers import (
     Ask,

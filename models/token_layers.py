@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import apply_rotary, attend
+from ..kernels import apply_rotary, attend, linear_attend
+from ..kernels.linear_attention import LinearState
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -45,6 +46,14 @@ def grid_places(sides: Sequence[int]) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(side) for side in sides)).reshape(-1, len(sides))
 
 
+def token_places(grid: Sequence[int], scale_sides: Sequence[int] | None) -> Tensor:
+    """Coordinates [N, A] of a grid, or of all scales' cells, each in the middle of what it covers of the last scale."""
+    if scale_sides is None:
+        return grid_places(grid)
+    last = scale_sides[-1]
+    return torch.cat([(grid_places((side, side)) + 0.5) * (last / side) - 0.5 for side in scale_sides])
+
+
 def causal_mask(prefix: int, tokens: int, device: torch.device) -> Tensor:
     """bool [prefix + tokens] squared: the prefix sees itself, a token the prefix and the tokens up to itself."""
     mask = torch.ones(prefix + tokens, prefix + tokens, dtype=torch.bool, device=device).tril()
@@ -58,6 +67,7 @@ class KeysValues:
     def __init__(self, like: Tensor, batch: int, capacity: int, heads: int, head_dim: int) -> None:
         self.k, self.v = (like.new_zeros(batch, capacity, heads, head_dim) for _ in range(2))
         self.length = 0
+        self.state: LinearState | None = None  # of a layer that mixes scales
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep [B, L, H, d] of each; returns all that is kept."""
@@ -75,6 +85,18 @@ class KeysValues:
         self.k.scatter_(1, place, k)
         self.v.scatter_(1, place, v)
         return self.k, self.v
+
+
+class TokenCache(NamedTuple):
+    """What a decoding has computed so far, in memory of fixed size: `begin` makes it, `feed` and its like fill it.
+
+    `layers`: keys and values of every self-attention layer; `shared`: those that the second pass looks at (two_pass);
+    `last`: [B, 1, D], what stands at the newest token (causal).
+    """
+
+    layers: list[KeysValues]
+    shared: KeysValues | None
+    last: Tensor
 
 
 class SwiGLU(nn.Module):
@@ -103,21 +125,44 @@ class Heads(nn.Module):
 class Where(NamedTuple):
     """What the attention of a pass sees beyond its own tokens.
 
-    `mask` bool [.., L, K]; `cache`: one per layer, to append to; `index` [B, L]: rows of the cache to replace instead.
+    `mask` bool [.., L, K]; `cache`: one per layer, to append to; `index` [B, L]: rows of the cache to replace instead;
+    `segments`: lengths of the prompt and the scales that a pass holds, where layers mix them linearly (None: one).
     """
 
     rotary: Rotary
     mask: Tensor | None = None
     cache: Sequence[KeysValues] | None = None
     index: Tensor | None = None
+    segments: tuple[int, ...] | None = None
+
+
+class ScaleMixer(nn.Module):
+    """Linear attention over scales: tokens see their own scale and all coarser ones through one carried state."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, segments: Sequence[int], state: LinearState | None
+    ) -> tuple[Tensor, LinearState | None]:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.to_qkv(self.norm(x)).chunk(3, dim=-1))
+        q, k, out = F.elu(q) + 1, F.elu(k) + 1, []
+        for part in zip(*(tensor.split(list(segments), dim=1) for tensor in (q, k, v))):
+            mixed, state = linear_attend(*part, block=part[0].shape[1], normalize="query", state=state)
+            out.append(mixed)
+        return self.to_out(torch.cat(out, dim=1).flatten(2)), state
 
 
 class SelfBlock(nn.Module):
     """Attention among tokens, then feed-forward; normalised before each (RMS), as in LLaMA."""
 
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, *, mixes: bool = False) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.mixer = ScaleMixer(dim, heads) if mixes else None
         self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.query, self.key = (Heads(heads, dim // heads) for _ in range(2))
         self.feed_forward = SwiGLU(dim, hidden)
@@ -130,6 +175,12 @@ class SelfBlock(nn.Module):
             cache = where.cache[layer]
             k, v = cache.append(k, v) if where.index is None else cache.put(where.index, k, v)
         x = x + self.to_out(attend(q, k, v, mask=where.mask).flatten(2))
+        if self.mixer is not None:
+            kept = where.cache[layer] if where.cache is not None else None
+            mixed, state = self.mixer(x, where.segments or (x.shape[1],), kept.state if kept else None)
+            x = x + mixed
+            if kept is not None:
+                kept.state = state
         return x + self.feed_forward(self.norm2(x))
 
 
@@ -152,9 +203,14 @@ class CrossBlock(nn.Module):
 class Stack(nn.Module):
     """Self-attention blocks, or with `cross` blocks that look at keys and values given from outside."""
 
-    def __init__(self, layers: int, dim: int, heads: int, hidden: int, *, cross: bool = False) -> None:
+    def __init__(
+        self, layers: int, dim: int, heads: int, hidden: int, *, cross: bool = False, mixes: bool = False
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList((CrossBlock if cross else SelfBlock)(dim, heads, hidden) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            CrossBlock(dim, heads, hidden) if cross else SelfBlock(dim, heads, hidden, mixes=mixes)
+            for _ in range(layers)
+        )
 
     def forward(self, x: Tensor, where: Where, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):

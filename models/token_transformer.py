@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from typing import cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -23,21 +23,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .packed import PackedModelMixin
-from .token_layers import Heads, KeysValues, Rotary, Stack, Where, axial_angles, causal_mask, grid_places
-
-Kind = Literal["two_pass", "masked", "causal", "scales"]
-
-
-class TokenCache(NamedTuple):
-    """What a decoding has computed so far, in memory of fixed size: `begin` makes it, `feed` and its like fill it.
-
-    `layers`: keys and values of every self-attention layer; `shared`: those that the second pass looks at (two_pass);
-    `last`: [B, 1, D], what stands at the newest token (causal).
-    """
-
-    layers: list[KeysValues]
-    shared: KeysValues | None
-    last: Tensor
+from .token_config import EXTRA, Kind, Mixing, check_config
+from .token_layers import Heads, KeysValues, Rotary, Stack, TokenCache, Where, axial_angles, causal_mask, token_places
 
 
 class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
@@ -57,6 +44,8 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         num_cross_layers: layers of the second pass; of kind two_pass only.
         text_dim: width of the prompt's tokens.
         scale_sides: sides of the square maps, coarse to fine; of kind "scales" only.
+        scale_mixing: of kind "scales": "attention" to coarser scales (VAR), or "linear": attention inside a scale and a
+            linear state carried from scale to scale (M-VAR, arXiv:2411.10433, with linear attention for its Mamba).
         learned_positions: add a learnt vector for every place. By rotation alone a query knows its place only from whom
             it attends to, which a model of few layers learns slowly.
 
@@ -78,14 +67,15 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         text_dim: int = 128,
         token_channels: int | None = None,
         scale_sides: Sequence[int] | None = None,
+        scale_mixing: Mixing = "attention",
         learned_positions: bool = False,
     ) -> None:
         super().__init__()
-        _check(kind, grid, num_cross_layers, scale_sides, token_channels)
+        check_config(kind, grid, num_cross_layers, scale_sides, token_channels, scale_mixing)
         discrete = token_channels is None
         self.token_embedding = nn.Embedding(vocab_size, dim) if discrete else nn.Linear(token_channels, dim)
         self.text_projection = nn.Linear(text_dim, dim)
-        self.self_decoder = Stack(num_layers, dim, num_heads, ffn_dim)
+        self.self_decoder = Stack(num_layers, dim, num_heads, ffn_dim, mixes=scale_mixing == "linear")
         self.mask_embedding = nn.Parameter(torch.randn(dim) * 0.02)
         if kind == "two_pass":
             self.norm_shared = nn.RMSNorm(dim, eps=1e-6)
@@ -97,7 +87,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         self.norm_out = nn.RMSNorm(dim, eps=1e-6)
         has_logits = discrete or kind == "scales"
         self.head = nn.Linear(dim, vocab_size, bias=False) if has_logits else nn.Identity()
-        places = _places(grid, scale_sides)
+        places = token_places(grid, scale_sides)
         if learned_positions:
             self.position_embedding = nn.Parameter(torch.randn(len(places), dim) * 0.02)
         cos, sin = axial_angles(places, dim // num_heads)
@@ -123,7 +113,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
     @property
     def places(self) -> Tensor:
         """Coordinates [N, A] of the tokens; cells of a coarse scale stand in the middle of what they cover."""
-        return _places(self.config["grid"], self.config["scale_sides"]).to(self.cos.device)
+        return token_places(self.config["grid"], self.config["scale_sides"]).to(self.cos.device)
 
     def rotary(self, places: Tensor | None, prefix: int = 0) -> Rotary:
         """Angles of `prefix` tokens without a place, then of `places` [B, n] (None: all of the grid, in order)."""
@@ -153,7 +143,7 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         """
         kind: Kind = self.config["kind"]
         if (kind == "two_pass", kind == "masked") != (order is not None, known is not None):
-            raise ValueError(f'kind "{kind}" takes {_EXTRA[kind]}; give that and nothing else')
+            raise ValueError(f'kind "{kind}" takes {EXTRA[kind]}; give that and nothing else')
         prefix = self.text_projection(text)
         if kind == "two_pass":
             return self._two_pass(tokens, prefix, cast("Tensor", order))
@@ -187,15 +177,19 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
 
     def _scales(self, inputs: Tensor, prefix: Tensor) -> Tensor:
         sides = self.config["scale_sides"]
-        scale = torch.repeat_interleave(
-            torch.arange(len(sides), device=prefix.device),
-            torch.tensor([side * side for side in sides], device=prefix.device),
+        sizes = [side * side for side in sides]
+        scale = torch.arange(len(sides), device=prefix.device).repeat_interleave(
+            torch.tensor(sizes, device=prefix.device)
         )
         first = self.mask_embedding.expand(prefix.shape[0], 1, -1)
         x = torch.cat([first, self.token_embedding(inputs)], dim=1) + self.scale_embedding[scale]
         x = torch.cat([prefix, self._placed(x, None)], dim=1)
         level = torch.cat([scale.new_full((prefix.shape[1],), -1), scale])
-        x = self.self_decoder(x, Where(self.rotary(None, prefix.shape[1]), level[:, None] >= level[None]))
+        seen = level[:, None] >= level[None]
+        if self.config["scale_mixing"] == "linear":
+            seen &= (level[None] == -1) | (level[:, None] == level[None])
+        where = Where(self.rotary(None, prefix.shape[1]), seen, segments=(prefix.shape[1], *sizes))
+        x = self.self_decoder(x, where)
         return self._out(x[:, prefix.shape[1] :])
 
     def begin(self, text: Tensor) -> TokenCache:
@@ -238,7 +232,12 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         x = self.mask_embedding.expand(batch, 1, -1) if given is None else self.token_embedding(given)
         x = x + self.scale_embedding[level]
         places = torch.arange(first, first + x.shape[1], device=x.device)
-        return self._out(self.self_decoder(self._placed(x, places), Where(self.rotary(places), None, cache.layers)))
+        prefix = cache.layers[0].k.shape[1] - self.tokens
+        x = self.self_decoder(self._placed(x, places), Where(self.rotary(places), None, cache.layers))
+        if self.config["scale_mixing"] == "linear":
+            for layer in cache.layers:
+                layer.length = prefix  # the next scale sees this one through the carried state alone
+        return self._out(x)
 
     def predict_masked(self, tokens: Tensor, known: Tensor, cache: TokenCache, places: Tensor) -> Tensor:
         """Kind masked: logits [B, n, V] at `places` [B, n] alone, computed anew; all others keep their cached keys.
@@ -273,28 +272,3 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
     def _keys(self, like: Tensor, capacity: int) -> KeysValues:
         heads, dim = self.config["num_heads"], self.config["dim"]
         return KeysValues(like, like.shape[0], capacity, heads, dim // heads)
-
-
-_EXTRA = {"two_pass": "order=", "masked": "known=", "causal": "tokens alone", "scales": "the scales' inputs alone"}
-
-
-def _places(grid: Sequence[int], scale_sides: Sequence[int] | None) -> Tensor:
-    if scale_sides is None:
-        return grid_places(grid)
-    last = scale_sides[-1]
-    return torch.cat([(grid_places((side, side)) + 0.5) * (last / side) - 0.5 for side in scale_sides])
-
-
-def _check(
-    kind: str, grid: Sequence[int], cross: int, scale_sides: Sequence[int] | None, token_channels: int | None
-) -> None:
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if (kind == "two_pass") != (cross > 0):
-        raise ValueError(f'num_cross_layers is for kind "two_pass" (at least 1) alone; kind "{kind}" got {cross}')
-    if (kind == "scales") != (scale_sides is not None):
-        raise ValueError(f'scale_sides is for kind "scales" alone, which needs it; kind "{kind}" got {scale_sides}')
-    if kind == "scales" and token_channels is None:
-        raise ValueError('kind "scales" sees maps of the codec: give token_channels, the length of its codes')
-    if scale_sides is not None and tuple(grid) != (scale_sides[-1],) * 2:
-        raise ValueError(f"grid must be the last scale, {(scale_sides[-1],) * 2}, got {tuple(grid)}")

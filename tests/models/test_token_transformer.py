@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from millstream.models.token_config import Kind
 from millstream.models.token_layers import axial_angles, grid_places
-from millstream.models.token_transformer import Kind, TokenTransformer
+from millstream.models.token_transformer import TokenTransformer
 
 V, SIDE, S, B = 13, 4, 3, 2
 N = SIDE * SIDE
@@ -116,9 +117,10 @@ def test_masked_sees_known_tokens_and_no_open_ones(text: Tensor, tokens: Tensor)
 
 
 @torch.no_grad()
-def test_scales_decoding_equals_training(text: Tensor) -> None:
+@pytest.mark.parametrize("mixing", ["attention", "linear"])
+def test_scales_decoding_equals_training(text: Tensor, mixing: str) -> None:
     sides = (1, 2, 4)
-    net = model("scales", scale_sides=sides, token_channels=5)
+    net = model("scales", scale_sides=sides, token_channels=5, scale_mixing=mixing)
     inputs = torch.randn(B, 4 + 16, 5, generator=torch.Generator().manual_seed(4))
     at_once = net(inputs, text)
     assert at_once.shape == (B, 1 + 4 + 16, V)
@@ -126,6 +128,21 @@ def test_scales_decoding_equals_training(text: Tensor) -> None:
     parts = [net.predict_scale(0, None, cache)]
     parts += [net.predict_scale(1, inputs[:, :4], cache), net.predict_scale(2, inputs[:, 4:], cache)]
     torch.testing.assert_close(torch.cat(parts, dim=1), at_once, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixing", ["attention", "linear"])
+def test_a_scale_sees_coarser_ones_and_itself_alone(text: Tensor, mixing: str) -> None:
+    net = model("scales", scale_sides=(1, 2, 4), token_channels=5, scale_mixing=mixing)
+    inputs = torch.randn(B, 20, 5, generator=torch.Generator().manual_seed(4))
+    before = net(inputs, text)
+    finer, coarser = inputs.clone(), inputs.clone()
+    finer[:, 4:] += 1
+    coarser[:, 0] += 1
+    torch.testing.assert_close(net(finer, text)[:, :5], before[:, :5])
+    changed = (net(coarser, text) - before).abs().amax(dim=-1)
+    assert (changed[:, 0] < 1e-5).all(), "the first scale comes before"
+    assert (changed[:, 1:] > 1e-4).all(), "every token of its own scale and of the finer one notices"
 
 
 @torch.no_grad()
@@ -186,6 +203,8 @@ def test_contradictions_are_refused(text: Tensor, tokens: Tensor) -> None:
         model("spiral")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='is for kind "two_pass"'):
         TokenTransformer(kind="causal", **SIZES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="\"linear\" for kind \"scales\", got 'linear' for 'causal'"):
+        model("causal", scale_mixing="linear")
     with pytest.raises(ValueError, match="give token_channels, the length of its codes"):
         model("scales", scale_sides=(1, 4))
     with pytest.raises(ValueError, match=r"grid must be the last scale, \(5, 5\), got \(4, 4\)"):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import millstream as ms
 from millstream.models.text_encoder import ByteTextEncoder
-from millstream.models.token_transformer import Kind, TokenTransformer
+from millstream.models.token_config import Kind
+from millstream.models.token_transformer import TokenTransformer
 from millstream.models.vq_codec import VQAutoencoder
 from millstream.pipelines.image import ImagePipeline
 from millstream.samplers import TokenSampler

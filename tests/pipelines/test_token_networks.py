@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from millstream.models.flow_head import FlowHead
-from millstream.models.token_transformer import Kind, TokenTransformer
+from millstream.models.token_config import Kind
+from millstream.models.token_transformer import TokenTransformer
 from millstream.models.vq_codec import VQAutoencoder
 from millstream.pipelines.token_networks import CachedNetwork, MaskedNetwork, PhiloxDraws
 from millstream.samplers import (

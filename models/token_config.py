@@ -1,0 +1,36 @@
+"""Which settings of a token transformer belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+Kind = Literal["two_pass", "masked", "causal", "scales"]
+Mixing = Literal["attention", "linear"]
+
+# What `forward` takes beside tokens and text.
+EXTRA = {"two_pass": "order=", "masked": "known=", "causal": "tokens alone", "scales": "the scales' inputs alone"}
+
+
+def check_config(
+    kind: str,
+    grid: Sequence[int],
+    cross: int,
+    scale_sides: Sequence[int] | None,
+    token_channels: int | None,
+    mixing: str,
+) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if (kind == "two_pass") != (cross > 0):
+        raise ValueError(f'num_cross_layers is for kind "two_pass" (at least 1) alone; kind "{kind}" got {cross}')
+    if (kind == "scales") != (scale_sides is not None):
+        raise ValueError(f'scale_sides is for kind "scales" alone, which needs it; kind "{kind}" got {scale_sides}')
+    if mixing not in get_args(Mixing) or (mixing == "linear" and kind != "scales"):
+        raise ValueError(
+            f'scale_mixing must be "attention", or "linear" for kind "scales", got {mixing!r} for {kind!r}'
+        )
+    if kind == "scales" and token_channels is None:
+        raise ValueError('kind "scales" sees maps of the codec: give token_channels, the length of its codes')
+    if scale_sides is not None and tuple(grid) != (scale_sides[-1],) * 2:
+        raise ValueError(f"grid must be the last scale, {(scale_sides[-1],) * 2}, got {tuple(grid)}")
