@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..streaming import Session
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-FAR_FROM_EVERY_WORLD = 0.8  # similarity below which a prompt is told its world; 95 % of new phrasings lie above
 VIDEO_SCALE = 4  # recordings are enlarged, since players blur a thumbnail
 
 
@@ -122,9 +121,9 @@ def check_recording(path: Path) -> None:
 
 
 def say_nearest(pipe: WorldPipeline, prompt: str) -> None:
-    """Tell on standard error which world `prompt` will be drawn like, when it is far from all of them."""
+    """Tell on standard error which world `prompt` will be drawn like, unless it is that world's own caption."""
     world, similarity = pipe.nearest_world(prompt)
-    if similarity < FAR_FROM_EVERY_WORLD:
+    if prompt.strip().lower() != world.lower():
         print(f'nearest world: "{world}" ({similarity:.2f})', file=sys.stderr)
 
 
