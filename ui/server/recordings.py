@@ -113,7 +113,7 @@ class Recordings:
 
     Args:
         root: a folder that keeps them; None makes a temporary one, which `close` deletes.
-        per_session, total: quotas in bytes.
+        per_session, total: quotas in bytes; the total holds from `Recordings` made to closed, whoever has left.
     """
 
     def __init__(self, root: Path | None, per_session: int, total: int) -> None:
@@ -123,6 +123,7 @@ class Recordings:
         self._of: dict[str, list[Recording]] = {}  # by session
         self._keys: dict[str, str] = {}
         self._leaving: dict[str, float] = {}
+        self._kept = 0  # bytes of files that stay after their session is forgotten
         self._lock = Lock()
 
     def begin(self, owner: str, key: str, *, rate: float, live: bool) -> Recording:
@@ -147,7 +148,8 @@ class Recordings:
     def _left(self, owner: str) -> int:
         with self._lock:
             sizes = {name: sum(each.bytes for each in group) for name, group in self._of.items()}
-        return min(self.per_session - sizes.get(owner, 0), self.total - sum(sizes.values()))
+            used = self._kept + sum(sizes.values())
+        return min(self.per_session - sizes.get(owner, 0), self.total - used)
 
     def fetch(self, id: str, key: str) -> Path | None:
         """The finished file `id` for who knows its session's key. Ids are compared with those that were made, and
@@ -170,6 +172,7 @@ class Recordings:
         with self._lock:
             gone = [owner for owner, until in self._leaving.items() if until < time.monotonic()]
             for owner in gone:
+                self._kept += 0 if self._temporary else sum(recording.bytes for recording in self._of[owner])
                 del self._leaving[owner], self._of[owner], self._keys[owner]
         for owner in gone if self._temporary else ():
             shutil.rmtree(self.root / owner, ignore_errors=True)

@@ -167,6 +167,25 @@ def test_recordings_of_an_ended_session_stay_a_while(tmp_path, fake, monkeypatch
     recordings.close()
 
 
+def test_files_that_are_kept_count_for_ever(tmp_path, fake, monkeypatch):
+    from millstream.streaming import WorldControl
+
+    monkeypatch.setattr("millstream.ui.server.recordings.KEEP_SECONDS", 0.0)
+    recordings = Recordings(tmp_path, 10**6, 500)
+    recording = recordings.begin("owner", "key", rate=20, live=False)
+    pipe = fake()
+    state = pipe.begin(WorldControl("x"))
+    recording.write(pipe.advance([state], [WorldControl("x")], [None])[0][0])
+    recording.finish()
+    recordings.leave("owner")
+    time.sleep(0.01)
+    recordings.sweep()
+    assert recording.path.stat().st_size > 500
+    with pytest.raises(ValueError, match="quota"):
+        recordings.begin("another", "key", rate=20, live=False)
+    recordings.close()
+
+
 def test_a_disk_that_is_too_slow_ends_the_recording_at_once(tmp_path, fake, monkeypatch):
     from millstream.streaming import WorldControl
 
