@@ -126,7 +126,7 @@ class ImagePipeline(DiffusionPipeline):
             generator: the same state gives the same pictures; or one for each picture.
             output_type: "pil", "np" [B, S, S, 3], "pt" [B, 3, S, S], or "latent": the tokens [B, N].
             callback_on_step_end: called after every step as (pipeline, step, tokens decided, {"preview": pictures
-                [B, 3, S, S], "tokens", "known"}).
+                [B, 3, S, S], "tokens", "known"}); what it returns is not used.
 
         Raises:
             ValueError, TypeError: an argument out of range or of another kind.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,21 +64,35 @@ def _channels_first(picture: Any, name: str) -> Tensor:
     if isinstance(picture, Tensor):
         tensor = picture.detach().cpu()
         tensor = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
-        tensor = tensor[None] if tensor.ndim == 2 else tensor
     else:
-        array = np.array(picture)
-        if array.ndim == 3:
-            array = array.transpose(2, 0, 1)
-        elif array.ndim == 2:
-            array = array[None]
-        if array.dtype.kind not in "buf":
-            raise ValueError(f"{name} must be a PIL picture, an array or a tensor, got {type(picture).__name__}")
-        tensor = torch.from_numpy(array)
+        array = np.array(_plain(picture, name))
+        if array.dtype.kind not in "bf" and array.dtype != np.uint8:
+            raise ValueError(
+                f"{name} must be a PIL picture, an array of uint8 or floats, or a tensor, "
+                f"got {type(picture).__name__} of {array.dtype}"
+            )
+        tensor = torch.from_numpy(array.transpose(2, 0, 1) if array.ndim == 3 else array)
+    tensor = tensor[None] if tensor.ndim == 2 else tensor
     if tensor.ndim != 3 or 0 in tensor.shape:
         raise ValueError(
             f"{name} must be one picture [H, W], [H, W, C] or a tensor [C, H, W], got {list(tensor.shape)}"
         )
-    return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+    values = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+    if not 0 <= float(values.min()) <= float(values.max()) <= 1:
+        raise ValueError(
+            f"the values of {name} must be in [0, 1], or uint8, got {float(values.min()):g} to {float(values.max()):g}"
+        )
+    return values
+
+
+def _plain(picture: Any, name: str) -> Any:
+    """A PIL picture without palette and the like; anything else as it is."""
+    if not isinstance(picture, Image.Image):
+        return picture
+    if name == "mask_image":
+        return picture.convert("L")
+    transparent = "A" in picture.getbands() or "transparency" in picture.info
+    return picture.convert("RGBA" if transparent else "RGB")
 
 
 def _scaled(picture: Tensor, size: int) -> Tensor:

@@ -161,6 +161,18 @@ def test_transparency_is_painted_out(pipe: ImagePipeline) -> None:
     assert np.abs(painted[:3].astype(int) - (10, 200, 30)).max() > 20
 
 
+@pytest.mark.parametrize("mode", ["P", "L", "1", "LA"])
+def test_every_kind_of_file_is_read(pipe: ImagePipeline, mode: str) -> None:
+    picture = Image.new("RGB", (16, 16), (255, 255, 255))
+    picture.paste((0, 0, 0), (0, 0, 16, 8))
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 12, 16, 16))
+    given = {"image": picture.convert(mode), "mask_image": mask.convert("P")}
+    painted = pipe("x", output_type="np", **given).images[0]
+    assert painted[:8].max() < 0.02
+    assert painted[8:12].min() > 0.98
+
+
 def test_a_picture_without_a_hole_comes_back(pipe: ImagePipeline) -> None:
     picture = torch.rand(3, 16, 16)
     same = pipe("x", image=picture, mask_image=torch.zeros(16, 16), output_type="pt").images
@@ -214,6 +226,8 @@ def test_mistakes_are_told(pipe: ImagePipeline) -> None:
             {"image": torch.rand(2, 8, 8), "mask_image": torch.eye(8)},
         ),
         (ValueError, "image must be a PIL picture", {"image": "cat.png", "mask_image": torch.eye(8)}),
+        (ValueError, "in \\[0, 1\\], or uint8, got 0 to 9", {"image": 9 * torch.eye(8), "mask_image": torch.eye(8)}),
+        (ValueError, "array of uint8 or floats", {"image": np.zeros((8, 8, 3), int), "mask_image": torch.eye(8)}),
         (TypeError, "negative_prompt must be one text", {"negative_prompt": ["a", "b"]}),
         (ValueError, "guidance_scale must be at least 1", {"guidance_scale": 0.0}),
     ]:
