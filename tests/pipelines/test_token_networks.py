@@ -262,3 +262,32 @@ def test_draws_belong_to_a_picture() -> None:
     assert torch.equal(one.normal(2, 1, (N, 3))[0], many.normal(2, 1, (N, 3))[1])
     assert not torch.equal(one.uniform(2, 1, (N,)), one.uniform(2, 2, (N,)))
     assert not torch.equal(one.uniform(2, 1, (N,)), one.uniform(3, 1, (N,)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", ["two_pass", "masked", "causal"])
+@torch.no_grad()
+def test_a_whole_decoding_is_one_cuda_graph(kind: Kind) -> None:
+    """No value is read back, so it can be recorded; another seed in the same memory gives another picture."""
+    net, prompt, seeds = model(kind).cuda(), text(2 * B).cuda(), torch.arange(B, device="cuda")
+    blank = torch.zeros(B, N, dtype=torch.int64, device="cuda")
+    counts = even_counts(N, N) if kind == "causal" else share_counts(N, 6)
+    order = {"two_pass": RandomOrder(), "masked": Confidence(), "causal": RasterOrder()}[kind]
+
+    def draw() -> Tensor:
+        network = (MaskedNetwork if kind == "masked" else CachedNetwork)(net, prompt)
+        draws, weights = PhiloxDraws(seeds), [2.0] * len(counts)
+        given: dict[str, Any] = {"counts": counts, "order": order, "head": Categorical(), "draws": draws}
+        return decode(network, blank, blank.bool(), guidance=weights, **given)
+
+    wanted = draw()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = draw()
+    graph.replay()
+    assert torch.equal(recorded, wanted)
+    seeds += 100
+    graph.replay()
+    assert not torch.equal(recorded, wanted)
+    assert torch.equal(recorded, draw())
