@@ -255,7 +255,9 @@ def serve() -> Iterator[Callable[..., Running]]:
     def start(pipe: FakePipeline | None = None, vault=None, **settings) -> Running:
         pipe = FakePipeline() if pipe is None else pipe
         app = create_app(pipe, Settings(**settings), vault=vault)
-        config = uvicorn.Config(app, port=0, log_level="warning", ws_per_message_deflate=False)
+        config = uvicorn.Config(
+            app, port=0, log_level="warning", ws_per_message_deflate=False, timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
