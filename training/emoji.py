@@ -90,8 +90,9 @@ class Captions:
         self.weights = emojis.weights.to(device)
         chance = random.Random(0)
         ids = [
-            tokenizer.tokenize([phrase(name, keywords, chance) for _ in range(PHRASES)]).short()
-            for name, keywords in zip(emojis.names, emojis.keywords)
+            # Keywords name no skin tone, so they mean the picture without one.
+            tokenizer.tokenize([phrase(name, () if toned else keywords, chance) for _ in range(PHRASES)]).short()
+            for name, keywords, toned in zip(emojis.names, emojis.keywords, emojis.toned.tolist())
         ]
         self.prompts = torch.stack(ids).to(device)
         self.silence = tokenizer.tokenize([""])[0].to(device)

@@ -43,9 +43,9 @@ def ask(emojis: Emojis, count: int, seed: int, kind: str) -> tuple[list[str], Te
     generator = torch.Generator().manual_seed(seed)
     prompts, wanted = [], []
     for index in torch.multinomial(emojis.weights, 8 * count, replacement=True, generator=generator).tolist():
-        name, keywords = emojis.names[index], emojis.keywords[index]
+        name, keywords = emojis.names[index], () if emojis.toned[index] else emojis.keywords[index]
         pairs = unseen_pairs(keywords)
-        if kind == "keywords" and (bool(emojis.toned[index]) or not pairs):
+        if kind == "keywords" and not pairs:
             continue
         make: dict[str, Callable[[], str]] = {
             "seen": lambda name=name, keywords=keywords: phrase(name, keywords, chance),
