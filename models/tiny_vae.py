@@ -81,7 +81,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
             layers += [nn.Upsample(scale_factor=2), Grow(width, times)]
             layers += [nn.Conv2d(width, narrower, 3, padding=1, bias=False)]
         layers += [nn.ReLU(True), nn.Conv2d(widths[-1], 3 * patch_size**2, 3, padding=1)]
-        self.decoder = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # what convolutions want
+        self.decoder = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # what convolutions want  # pyright: ignore[reportCallIssue]  (wrapped overloads)
 
     @property
     def pixels(self) -> int:
