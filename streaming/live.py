@@ -16,6 +16,7 @@ from .fit import fit
 from .mailbox import Bounded, Closed, Latest
 from .metrics import Ended, Metrics
 from .session import Session
+from .threads import rest
 from .types import Chunk, EndOfStream, Frame, Sink, Source
 
 POLL_SECONDS = 0.002  # how long a source with nothing new rests
@@ -78,6 +79,7 @@ class _Loop:
     def _work(self, until: float | Callable[[], bool] | None) -> None:
         stop = _stop_condition(until)
         self.session.metrics.ended = None
+        rest()
         self.drawer.start()
         if self.source is not None:
             self.reader.start()

@@ -15,6 +15,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from ...streaming import Frame, step_together
+from ...streaming.threads import rest
 from .seat import Seat
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Engine:
         self._slack = TOGETHER / rate
 
     def start(self) -> None:
+        rest()
         self._thread.start()
 
     @property

@@ -107,8 +107,11 @@ def decode(image: bytes, size: tuple[int, int]) -> Tensor:
 def encode(picture: Tensor, formats: tuple[str, ...], quality: int) -> tuple[int, bytes]:
     """A frame [3, H, W] in [0, 1] as (format, bytes). WebP where the client likes it best and it is quick enough."""
     import cv2
+    import numpy as np
 
-    pixels = picture.detach().clamp(0, 1).mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    # By NumPy: a second thread in PyTorch's pool would slow the one that draws (see `streaming.threads`).
+    floats = picture.detach().permute(1, 2, 0).float().cpu().numpy()
+    pixels = np.rint(np.clip(floats, 0, 1) * 255).astype(np.uint8)
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     small = bgr.shape[0] * bgr.shape[1] <= WEBP_PIXELS
     if "jpeg" not in formats or (formats[0] == "webp" and small):
