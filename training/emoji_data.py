@@ -140,7 +140,7 @@ def read_names() -> Mapping[str, str]:
         raise ImportError('emoji is needed for the names of pictures: pip install "millstream[train]"') from error
     return {
         character.replace(VARIATION, ""): entry["en"].strip(":").replace("_", " ").replace("’", "'")
-        for character, entry in emoji.EMOJI_DATA.items()
+        for character, entry in emoji.EMOJI_DATA.items()  # pyright: ignore[reportAttributeAccessIssue]
     }
 
 
