@@ -14,12 +14,9 @@ is timed its tokens are compared with the eager ones: if they differ, the varian
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from variants import describe, measure_all, publish
 
 from millstream.models.token_config import Kind
 from millstream.models.token_transformer import TokenTransformer
@@ -78,26 +76,11 @@ def main() -> None:
     cuda = device.type == "cuda"
     batch = arguments.batch or (64 if cuda else 4)
     sizes = (arguments.sizes or ("large,embedded" if cuda else "embedded")).split(",")
-    start = time.perf_counter()
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device), "variants": {}}
-    for name, measure in plan(sizes, device, batch).items():
-        if time.perf_counter() - start > arguments.seconds:
-            report["variants"][name] = {"skipped": "no time left"}
-            continue
-        try:
-            report["variants"][name] = measure()
-        except Exception as error:  # one broken variant must not cost the others their numbers
-            traceback.print_exc()
-            report["variants"][name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-        if cuda:
-            torch.cuda.empty_cache()
-        print(f"# {name}: {json.dumps(report['variants'][name])}", file=sys.stderr, flush=True)
+    report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device)}
+    free = torch.cuda.empty_cache if cuda else lambda: None
+    report["variants"] = measure_all(plan(sizes, device, batch), arguments.seconds, after=free)
     report["goal"] = goal(report["variants"])
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+    publish(report, arguments.out)
 
 
 def plan(sizes: list[str], device: torch.device, batch: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -252,15 +235,6 @@ def goal(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if rate and raster and name != f"{size}: raster" and "one picture" not in name:
             found[name] = {"times_raster": round(rate / raster, 2)}
     return {"wanted": {"large: random order, 64 steps": 2.5}, "measured": found}
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """What ran this."""
-    return {
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 import millstream as ms
+from millstream.ui.commands.bench import percentile
 from millstream.ui.machine import machine, versions
 from millstream.ui.world import load_world, positive_seconds
 
@@ -45,10 +46,6 @@ class Viewer:
     def close(self) -> None: ...
 
 
-def percentile(values: list[float], percent: int) -> float:
-    return sorted(values)[max(0, -(-percent * len(values) // 100) - 1)]
-
-
 def slice_of(notes: list[tuple[float, float, int, int]]) -> dict[str, float | int]:
     seconds = notes[-1][0] - notes[0][0]
     ages = [age for _, age, _, _ in notes]
@@ -56,8 +53,8 @@ def slice_of(notes: list[tuple[float, float, int, int]]) -> dict[str, float | in
         "from_second": notes[0][0],
         "frames": len(notes),
         "frames_per_second": (len(notes) - 1) / seconds,
-        "age_p50": percentile(ages, 50),
-        "age_p95": percentile(ages, 95),
+        "age_p50": percentile(sorted(ages), 50),
+        "age_p95": percentile(sorted(ages), 95),
         "dropped_per_second": (notes[-1][2] - notes[0][2]) / seconds,
         "memory": notes[-1][3],
     }

@@ -11,12 +11,10 @@ full. Stages are timed by CUDA events in a run of their own. A variant that fail
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan
+from variants import measure_all, publish
 
 import millstream as ms
 from millstream.models.tiny_vae import TinyVideoDecoder
@@ -50,27 +49,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True  # shapes never change, so the search pays
     bench = Bench("cuda" if torch.cuda.is_available() else "cpu", quick=arguments.quick, profile=arguments.profile)
-    start = time.perf_counter()
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "machine": bench.machine(), "variants": {}}
-    for name, measure in bench.variants().items():
-        if arguments.only and arguments.only not in name:
-            continue
-        if time.perf_counter() - start > arguments.seconds:
-            report["variants"][name] = {"skipped": "no time left"}
-            continue
-        try:
-            report["variants"][name] = measure()
-        except Exception as error:  # one broken variant must not cost the others their numbers
-            traceback.print_exc()
-            report["variants"][name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-        print(f"# {name}: {json.dumps(report['variants'][name])}", file=sys.stderr, flush=True)
+    wanted = {name: measure for name, measure in bench.variants().items() if (arguments.only or "") in name}
+    report: dict[str, Any] = {"command": " ".join(sys.argv), "machine": bench.machine()}
+    report["variants"] = measure_all(wanted, arguments.seconds)
     measured = {name: report["variants"].get(name, {}).get("frames_per_second") for name in GOALS}
     report["goals"] = {name: {"goal": goal, "measured": measured[name]} for name, goal in GOALS.items()}
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+    publish(report, arguments.out)
 
 
 class Bench:

@@ -12,18 +12,16 @@ torch.compile fuse the blocks first. A variant that fails, or for which no time 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from variants import describe, measure_all, publish
 from world_ops import attention, decoder
 
 import millstream as ms
@@ -45,26 +43,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    start = time.perf_counter()
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device), "variants": {}}
-    for name, measure in plan(device, arguments.frames).items():
-        began = time.perf_counter()
-        if began - start + (COMPILING if "compile" in name else 0) > arguments.seconds:
-            report["variants"][name] = {"skipped": "no time left"}
-            continue
-        try:
-            report["variants"][name] = measure()
-        except Exception as error:  # one broken variant must not cost the others their numbers
-            traceback.print_exc()
-            report["variants"][name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-        report["variants"][name]["benchmark_seconds"] = round(time.perf_counter() - began, 1)
-        print(f"# {name}: {json.dumps(report['variants'][name])}", file=sys.stderr, flush=True)
+    report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device)}
+    report["variants"] = measure_all(
+        plan(device, arguments.frames), arguments.seconds, reserve=lambda name: COMPILING if "compile" in name else 0
+    )
     report["goals"] = goals(report["variants"])
-    text = json.dumps(report, indent=1)
-    print(text)
-    if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+    publish(report, arguments.out)
 
 
 def plan(device: torch.device, frames: int) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -251,11 +235,6 @@ def goals(variants: dict[str, Any]) -> dict[str, Any]:
     if "steady" in four:
         wanted["4 sessions cost at most 2.2 times one"] = four["steady"]["p50"] / one["steady"]["p50"]
     return wanted
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {"name": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "python": sys.version[:6]}
 
 
 if __name__ == "__main__":
