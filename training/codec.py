@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..models.frame_codec import FrameAutoencoder
 from .dataset import Episodes
-from .trainer import Batch, Budget, Trainer
+from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 
 LATENT_NOISE = 0.02
 
@@ -87,13 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="millstream train codec", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (millstream train data)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its checkpoint")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, help="end after this many steps, however little time has passed")
-    parser.add_argument("--batch-size", type=int, default=256, help="pictures per step and process")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=10.0, batch_size=256, unit="pictures", rate=1e-3)
     arguments = parser.parse_args(argv)
-    budget = Budget(arguments.minutes, arguments.steps, arguments.learning_rate, weight_decay=0.0)
+    budget = budget_from(arguments, weight_decay=0.0)
     episodes = Episodes.open(arguments.data)
     train(FrameAutoencoder(), episodes, budget, arguments.out, batch_size=arguments.batch_size, seed=arguments.seed)
 

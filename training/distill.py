@@ -26,10 +26,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from ..models.frame_codec import FrameAutoencoder
 from ..models.text_encoder import ByteTextEncoder
 from ..models.transformer import CausalTransformer3DModel
-from ..samplers import FlowSampler
+from ..samplers import FlowSampler, clean
 from .dataset import Episodes
 from .streams import NEW, Streams
-from .trainer import Batch, Budget, Trainer
+from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 from .world import CLEAN_SIGMA, FRAMES, WINDOW, encode_all, flow_loss, noise_levels, noised, predict_flow
 
 CRITIC_RATE = 4.0  # the critic must follow the student closely, so it learns faster
@@ -93,7 +93,7 @@ class DistillObjective(nn.Module):
             self.mask(finished, twice=True),
             both,
         )
-        return noisy - batch["level"][:, None, None, None, None] * flow[:, :, frames:]
+        return clean(noisy, flow[:, :, frames:], batch["level"][:, None, None, None, None])
 
     def match(
         self, drawn: Tensor, clip: Tensor, seen: tuple[Tensor, Tensor, Tensor, Tensor | BlockMask]
@@ -104,7 +104,7 @@ class DistillObjective(nn.Module):
             noisy = noised(clip, torch.randn_like(clip), sigma)
             level = sigma[:, None, -NEW:, None, None]
             likely, drawable = (
-                noisy[:, :, -NEW:] - level * predict_flow(network, noisy, sigma, *seen)[:, :, -NEW:]
+                clean(noisy[:, :, -NEW:], predict_flow(network, noisy, sigma, *seen)[:, :, -NEW:], level)
                 for network in (self.teacher, self.critic)
             )
             size = (drawn - likely).abs().mean(dim=(1, 3, 4), keepdim=True).clamp_min(0.05)
@@ -166,9 +166,8 @@ def train(
     latents = encode_all(codec, episodes, device)
     streams = Streams(student, sampler, text_encoder, latents, episodes, rows=rows, batch_size=batch_size)
     if device.type == "cuda":
-        torch._dynamo.config.recompile_limit = (
-            64  # two kinds of block, three networks, two shapes, with and without grad
-        )
+        # Two kinds of block, three networks, two shapes, with and without gradients.
+        torch._dynamo.config.recompile_limit = 64
         for network in (objective.student, objective.critic, objective.teacher):
             network.compile_repeated_blocks(fullgraph=True, dynamic=False)
     Trainer(objective, budget, out, accelerator).fit(streams, title="distill")
@@ -185,12 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sampler-steps", type=int, default=2, help="steps that the student draws in")
     parser.add_argument("--shift", type=float, default=3.0, help="warps the levels towards the noisy end")
     parser.add_argument("--context-sigma", type=float, default=0.1, help="level at which finished frames are shown")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, help="end after this many steps, however little time has passed")
     parser.add_argument("--rows", type=int, default=256, help="streams that the student draws")
-    parser.add_argument("--batch-size", type=int, default=64, help="windows of 32 frames per step")
-    parser.add_argument("--learning-rate", type=float, default=8e-5)
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=10.0, batch_size=64, unit="windows of 32 frames", rate=8e-5)
     arguments = parser.parse_args(argv)
     train(
         arguments.world,
@@ -202,10 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rule="renoise",
             context_sigma=arguments.context_sigma,
         ),
-        Budget(
-            arguments.minutes,
-            arguments.steps,
-            arguments.learning_rate,
+        budget_from(
+            arguments,
             muon_scale=0.0,
             warmup_steps=50,
             ema_decay=0.998,

@@ -27,7 +27,7 @@ from ..models.vq_codec import VQAutoencoder
 from .emoji_codec import encode_all
 from .emoji_data import Emojis
 from .emoji_words import phrase
-from .trainer import Batch, Budget, Trainer
+from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 
 TrainedKind = Literal["two_pass", "masked"]
 
@@ -176,14 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", default="two_pass", choices=get_args(TrainedKind), help="default: %(default)s")
     parser.add_argument("--dim", type=int, default=192, help="width, a multiple of 64 (default: 192)")
     parser.add_argument("--layers", type=int, default=3, help="layers of each pass (default: 3)")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--steps", type=int, help="end after this many steps, however little time has passed")
-    parser.add_argument("--batch-size", type=int, default=256, help="pictures per step and process")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=9.0, batch_size=256, unit="pictures", rate=1e-3)
     arguments = parser.parse_args(argv)
     # Three thousand pictures are to be remembered, not generalised from: no weight decay.
-    budget = Budget(arguments.minutes, arguments.steps, arguments.learning_rate, weight_decay=0.0)
+    budget = budget_from(arguments, weight_decay=0.0)
     train(
         VQAutoencoder.from_pretrained(arguments.codec),
         Emojis.open(arguments.data),

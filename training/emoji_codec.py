@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..models.vq_codec import VQAutoencoder
 from .emoji_data import Emojis
-from .trainer import Batch, Budget, Trainer
+from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 
 MOVED = 0.5  # share of pictures that are moved or mirrored
 REACH = 4  # pixels
@@ -130,13 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its checkpoint")
     parser.add_argument("--grid", type=int, default=16, help="tokens a side (default: 16)")
     parser.add_argument("--codes", type=int, default=1024, help="size of the codebook (default: 1024)")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--steps", type=int, help="end after this many steps, however little time has passed")
-    parser.add_argument("--batch-size", type=int, default=256, help="pictures per step and process")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=8.0, batch_size=256, unit="pictures", rate=1e-3)
     arguments = parser.parse_args(argv)
-    budget = Budget(arguments.minutes, arguments.steps, arguments.learning_rate, weight_decay=0.0)
+    budget = budget_from(arguments, weight_decay=0.0)
     emojis = Emojis.open(arguments.data)
     set_seed(arguments.seed)
     codec = emoji_codec(emojis.pictures.shape[1], arguments.grid, arguments.codes)

@@ -6,7 +6,6 @@ the keys of the true game, some for hundreds of frames; a few begin anew each ti
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..models.text_encoder import ByteTextEncoder
 from ..models.transformer import CausalTransformer3DModel
 from ..samplers import FlowSampler
+from ..samplers.flow_sampler import integrate
 from ..streaming.kv_cache import KVCache
 from .dataset import Episodes
 from .trainer import Batch
@@ -121,19 +121,20 @@ class Streams:
             chunk = self.cache.open(range(self.rows))
 
             def flow(x: Tensor, sigma: float, actions=actions, chunk=chunk) -> Tensor:
-                level = torch.full((self.rows, 1), 1000 * sigma, device=x.device)
+                level = self.sampler.timestep(torch.full((self.rows, 1), sigma, device=x.device))
                 inputs = {"actions": actions[:, None], "text_keys": keys, "cache": chunk, "return_dict": False}
                 return self.actor(x.to(self.dtype), level, **inputs)[0].float()
 
-            x = torch.randn_like(self.history[:, 0])[:, :, None]
-            for step, (sigma, below) in enumerate(pairwise(sigmas)):
-                mine = (step_of == step)[:, None, None, None]
+            def drawing(x: Tensor, sigma: float, flow=flow, new=new) -> Tensor:
+                mine = (step_of == sigmas.index(sigma))[:, None, None, None]
                 self.noisy[:, new] = torch.where(mine, x[:, :, 0], self.noisy[:, new])
-                x, _ = self.sampler.rule.step(x, flow(x, sigma), sigma, below, noise=torch.randn_like(x))
-            true = self.latents[index].float()
-            frame = torch.where(self.true[:, None, None, None], true, x[:, :, 0])
+                return flow(x, sigma)
+
+            x = torch.randn_like(self.history[:, 0])[:, :, None]
+            x = integrate(drawing, x, sigmas, self.sampler.rule, noise=lambda step, like=x: torch.randn_like(like))
+            frame = torch.where(self.true[:, None, None, None], self.latents[index].float(), x[:, :, 0])
             shown = self.sampler.config["context_sigma"]
-            flow(((1 - shown) * frame + shown * torch.randn_like(frame))[:, :, None], shown)
+            flow(self.sampler.add_noise(frame, torch.randn_like(frame), shown)[:, :, None], shown)
             chunk.commit()
             self.history[:, place], self.pressed[:, place] = frame, actions
         self.pointer = self.pointer + NEW

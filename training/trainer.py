@@ -7,6 +7,7 @@ interrupted goes on from its last checkpoint with the time it has left.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import time
@@ -73,6 +74,20 @@ def make_optimizers(objective: nn.Module, budget: Budget) -> list[torch.optim.Op
             raise ImportError(f"training needs torch 2.9 or newer (for torch.optim.Muon), got {torch.__version__}")
         made.append(torch.optim.Muon(muon, budget.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return made
+
+
+def add_budget(parser: argparse.ArgumentParser, *, minutes: float, batch_size: int, unit: str, rate: float) -> None:
+    """The options that every recipe has; the arguments are its defaults, `unit` what a batch holds."""
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--steps", type=int, help="end after this many steps, however little time has passed")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help=f"{unit} per step and process")
+    parser.add_argument("--learning-rate", type=float, default=rate)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def budget_from(arguments: argparse.Namespace, **settings: float) -> Budget:
+    """The budget that the options of `add_budget` ask for, with a recipe's own `settings`."""
+    return Budget(arguments.minutes, arguments.steps, arguments.learning_rate, **settings)  # pyright: ignore[reportArgumentType]
 
 
 class Trainer:

@@ -26,11 +26,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..models.frame_codec import FrameAutoencoder
 from ..models.text_encoder import ByteTextEncoder
 from ..models.transformer import CausalTransformer3DModel
+from ..samplers import add_noise
 from ..streaming.kv_cache import Window
 from .codec import encode_pictures
 from .dataset import Episodes
 from .prompts import phrases, world_named
-from .trainer import Batch, Budget, Trainer
+from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 
 FRAMES = 32
 WINDOW = Window(frames=16)
@@ -135,8 +136,7 @@ def keys_per_frame(transformer: CausalTransformer3DModel, tokens: Tensor, after:
 
 def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Frames [B, C, F, h, w] at the levels `sigma` [B, F]."""
-    level = sigma[:, None, :, None, None]
-    return (1 - level) * clean + level * noise
+    return add_noise(clean, noise, sigma[:, None, :, None, None])
 
 
 def noise_levels(batch: int, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -267,13 +267,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--codec", type=Path, required=True, help="folder of the trained codec")
     parser.add_argument("--out", type=Path, required=True, help="folder for the models and their checkpoint")
     parser.add_argument("--start", type=Path, help="folder of a trained world whose weights to go on from")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, help="end after this many steps, however little time has passed")
-    parser.add_argument("--batch-size", type=int, default=64, help="windows of 32 frames per step and process")
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    add_budget(parser, minutes=10.0, batch_size=64, unit="windows of 32 frames", rate=6e-4)
     arguments = parser.parse_args(argv)
-    budget = Budget(arguments.minutes, arguments.steps, arguments.learning_rate)
+    budget = budget_from(arguments)
     codec = FrameAutoencoder.from_pretrained(arguments.codec)
     episodes = Episodes.open(arguments.data)
     train(
