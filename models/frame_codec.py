@@ -6,6 +6,8 @@ and keeps the decoder within a few milliseconds on two CPU cores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -26,6 +28,32 @@ class ResidualBlock(nn.Module):
             return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         y = self.conv1(F.silu(self.norm1(x), inplace=True))
         return self.conv2(F.silu(self.norm2(y), inplace=True)).add_(x)
+
+
+def encoder_stack(latent_channels: int, widths: Sequence[int], blocks: Sequence[int]) -> nn.Sequential:
+    """Pictures [N, 3, H, W] to latents at 1 / 2 ** len(widths) of their size, with so many residual blocks per size."""
+    down: list[nn.Module] = []
+    channels = 3
+    for width, count in zip(widths, blocks, strict=True):
+        kernel = 3 if channels == 3 else 1
+        down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, width, kernel, padding=kernel // 2)]
+        down += [ResidualBlock(width) for _ in range(count)]
+        channels = width
+    return nn.Sequential(
+        *down, nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, latent_channels, 3, padding=1)
+    )
+
+
+def decoder_stack(latent_channels: int, widths: Sequence[int], blocks: Sequence[int]) -> nn.Sequential:
+    """The way back; `widths` and `blocks` in the order of `encoder_stack`."""
+    up: list[nn.Module] = [nn.Conv2d(latent_channels, widths[-1], 3, padding=1)]
+    for width, smaller, count in zip(widths[::-1], (*widths[-2::-1], None), blocks[::-1], strict=True):
+        up += [ResidualBlock(width) for _ in range(count)]
+        if smaller is not None:
+            up += [nn.Conv2d(width, 4 * smaller, 1), nn.PixelShuffle(2)]
+    return nn.Sequential(
+        *up, nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 12, 3, padding=1), nn.PixelShuffle(2)
+    )
 
 
 class FrameAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
@@ -50,24 +78,8 @@ class FrameAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
         decoder_blocks: tuple[int, int, int] = (2, 3, 2),
     ) -> None:
         super().__init__()
-        down: list[nn.Module] = []
-        channels = 3
-        for width, blocks in zip(widths, encoder_blocks):
-            kernel = 3 if channels == 3 else 1
-            down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, width, kernel, padding=kernel // 2)]
-            down += [ResidualBlock(width) for _ in range(blocks)]
-            channels = width
-        self.encoder = nn.Sequential(
-            *down, nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, latent_channels, 3, padding=1)
-        )
-        up: list[nn.Module] = [nn.Conv2d(latent_channels, channels, 3, padding=1)]
-        for width, smaller, blocks in zip(widths[::-1], (*widths[-2::-1], None), decoder_blocks[::-1]):
-            up += [ResidualBlock(width) for _ in range(blocks)]
-            if smaller is not None:
-                up += [nn.Conv2d(width, 4 * smaller, 1), nn.PixelShuffle(2)]
-        self.decoder = nn.Sequential(
-            *up, nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 12, 3, padding=1), nn.PixelShuffle(2)
-        )
+        self.encoder = encoder_stack(latent_channels, widths, encoder_blocks)
+        self.decoder = decoder_stack(latent_channels, widths, decoder_blocks)
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 

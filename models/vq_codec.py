@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .frame_codec import ResidualBlock
+from .frame_codec import decoder_stack, encoder_stack
 from .packed import PackedModelMixin
 
 
@@ -59,24 +59,8 @@ class VQAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check(sample_size, widths, scale_sides)
-        down: list[nn.Module] = []
-        channels = 3
-        for width, blocks in zip(widths, encoder_blocks, strict=True):
-            kernel = 3 if channels == 3 else 1
-            down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * channels, width, kernel, padding=kernel // 2)]
-            down += [ResidualBlock(width) for _ in range(blocks)]
-            channels = width
-        self.encoder = nn.Sequential(
-            *down, nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, latent_channels, 3, padding=1)
-        )
-        up: list[nn.Module] = [nn.Conv2d(latent_channels, channels, 3, padding=1)]
-        for width, smaller, blocks in zip(widths[::-1], (*widths[-2::-1], None), decoder_blocks[::-1], strict=True):
-            up += [ResidualBlock(width) for _ in range(blocks)]
-            if smaller is not None:
-                up += [nn.Conv2d(width, 4 * smaller, 1), nn.PixelShuffle(2)]
-        self.decoder = nn.Sequential(
-            *up, nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 12, 3, padding=1), nn.PixelShuffle(2)
-        )
+        self.encoder = encoder_stack(latent_channels, widths, encoder_blocks)
+        self.decoder = decoder_stack(latent_channels, widths, decoder_blocks)
         self.register_buffer("codes", torch.randn(codebook_size, latent_channels))
         self.code_projection = nn.Linear(latent_channels, latent_channels)
         nn.init.eye_(self.code_projection.weight)

@@ -20,11 +20,11 @@ from ..models.token_transformer import TokenTransformer
 from ..models.vq_codec import VQAutoencoder
 from ..samplers import TokenSampler, decoding
 from ..samplers.token_sampler import OrderName
+from .assets import shipped
 from .image_inputs import PAPER, Canvas, enlarged, open_cells, read_canvas
 from .token_networks import CachedNetwork, MaskedNetwork, PhiloxDraws
 from .world_output import is_offloaded
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 ORDERS = {"two_pass": ("random", "masked", "raster"), "masked": ("masked", "random", "raster"), "causal": ("raster",)}
@@ -80,8 +80,8 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: "emoji" does not ship with this copy of millstream yet; the message tells how to make it.
         """
-        packaged = ASSETS / str(pretrained_model_name_or_path)
-        if (packaged / "model_index.json").is_file():
+        packaged = shipped(pretrained_model_name_or_path)
+        if packaged is not None:
             return super().from_pretrained(str(packaged), **kwargs)
         if str(pretrained_model_name_or_path) == "emoji" and not Path("emoji").is_dir():
             raise FileNotFoundError(

@@ -23,12 +23,11 @@ from ..models.transformer import CausalTransformer3DModel
 from ..samplers import FlowSampler
 from ..streaming import Session, WorldControl
 from ..streaming.kv_cache import Window
+from .assets import shipped
 from .rows import RowArena
 from .world_output import Keys, OutputType, WorldPipelineOutput, as_output, is_offloaded, last_latents, pressed
 from .world_state import WorldState
 from .world_streams import WorldStreams
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 FIXED = ("size", "buttons")  # what the weights were made for
 
@@ -127,8 +126,7 @@ class WorldPipeline(WorldStreams):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a shipped model by name ("freedoom"), a folder, or a repository; see diffusers for the arguments."""
-        packaged = ASSETS / str(pretrained_model_name_or_path)
-        name = packaged if (packaged / "model_index.json").is_file() else pretrained_model_name_or_path
+        name = shipped(pretrained_model_name_or_path) or pretrained_model_name_or_path
         return super().from_pretrained(str(name), **kwargs)
 
     @torch.no_grad()

@@ -11,13 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..pipelines.assets import ASSETS
+
 if TYPE_CHECKING:
     import torch
 
     from ..pipelines.world import WorldPipeline
     from ..streaming import Session
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 VIDEO_SCALE = 4  # recordings are enlarged, since players blur a thumbnail
 
 

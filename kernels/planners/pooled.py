@@ -65,7 +65,7 @@ def vmoba(q: Tensor, k: Tensor, tiling: Tiling, *, simsum_threshold: float = 0.2
     scores = (scores - low) / (high - low).clamp_min(1e-12)
     chosen = top_share(scores.flatten(2), simsum_threshold).view_as(scores)
     chosen = chosen | torch.eye(scores.shape[-1], dtype=torch.bool, device=q.device)
-    return _tiled_plan(chosen, tiling)
+    return tiling.plan(chosen)
 
 
 def biformer(q: Tensor, k: Tensor, tiling: Tiling, *, topk: int = 4) -> BlockPlan:
@@ -74,7 +74,7 @@ def biformer(q: Tensor, k: Tensor, tiling: Tiling, *, topk: int = 4) -> BlockPla
     The tiles are the regions, 7 x 7 of them in the source: `tile_grid((H, W), (ceil(H / 7), ceil(W / 7)))`.
     """
     queries, keys = (_tile_means(_in_order(x, tiling), tiling) for x in (q, k))
-    return _tiled_plan(top_k(queries @ keys.mT, topk), tiling)
+    return tiling.plan(top_k(queries @ keys.mT, topk))
 
 
 def sparge(
@@ -140,16 +140,6 @@ def proxy(q: Tensor, k: Tensor, *, groups: int = 4, gamma: float = 0.9, block: i
     ranking = (shared[0] @ shared[1].mT).argsort(dim=-1, descending=True).argsort(dim=-1)
     budget = top_share((queries @ keys.mT * scale).softmax(-1), gamma).sum(-1, keepdim=True)
     return BlockPlan.of(ranking.repeat_interleave(heads // groups, 1) < budget, (block, block), k.shape[1])
-
-
-def _tiled_plan(chosen: Tensor, tiling: Tiling) -> BlockPlan:
-    return BlockPlan.of(
-        chosen,
-        (tiling.block, tiling.block),
-        tiling.source.shape[0],
-        lengths=tiling.plan_lengths,
-        permutation=tiling.permutation,
-    )
 
 
 def _in_order(x: Tensor, tiling: Tiling) -> Tensor:

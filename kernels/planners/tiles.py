@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..attention import Permutation
+from ..attention import BlockPlan, Permutation
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,16 @@ class Tiling:
     def plan_lengths(self) -> tuple[Tensor, Tensor]:
         lengths = self.lengths[None, None]
         return lengths, lengths
+
+    def plan(self, visit: Tensor) -> BlockPlan:
+        """Which tiles see which: bool [B or 1, H or 1, tiles, tiles]."""
+        return BlockPlan.of(
+            visit,
+            (self.block, self.block),
+            self.source.shape[0],
+            lengths=self.plan_lengths,
+            permutation=self.permutation,
+        )
 
 
 def tile_grid(

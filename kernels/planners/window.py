@@ -74,13 +74,7 @@ def sliding_tile(
     )
     distance = (centre[..., None] - tiling.tile_of[None, :, None]).abs()  # [heads, axes, NQ, NK]
     visit = (distance <= half[..., None, None]).all(1)[None]
-    return BlockPlan.of(
-        visit,
-        (tiling.block, tiling.block),
-        tiling.source.shape[0],
-        lengths=tiling.plan_lengths,
-        permutation=tiling.permutation,
-    ).trimmed()
+    return tiling.plan(visit).trimmed()
 
 
 def radial(

@@ -240,7 +240,7 @@ def test_mistakes_are_told(pipe: ImagePipeline) -> None:
 
 
 def test_a_model_that_does_not_ship_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("millstream.pipelines.image.ASSETS", tmp_path)
+    monkeypatch.setattr("millstream.pipelines.assets.ASSETS", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="millstream train emoji-data"):
         ImagePipeline.from_pretrained("emoji")

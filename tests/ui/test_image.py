@@ -94,7 +94,7 @@ def test_a_model_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("millstream.pipelines.image.ASSETS", tmp_path)
+    monkeypatch.setattr("millstream.pipelines.assets.ASSETS", tmp_path)
     assert cli.main(["image", "an apple"]) == 2
     assert "millstream train emoji-data" in capsys.readouterr().err
     assert cli.main(["image", "an apple", "--model", "fruit"]) == 2
