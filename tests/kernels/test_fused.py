@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -205,12 +200,9 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_triton_kernels_give_the_same_under_their_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "equal", done.stderr
+def test_the_triton_kernels_give_the_same_under_their_interpreter(interpret):
+    printed, complaints = interpret(INTERPRETED)
+    assert printed == "equal", complaints
 
 
 def gpu(test):

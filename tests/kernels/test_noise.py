@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -194,12 +192,9 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_triton_kernel_draws_the_same_under_its_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "equal", done.stderr
+def test_the_triton_kernel_draws_the_same_under_its_interpreter(interpret):
+    printed, complaints = interpret(INTERPRETED)
+    assert printed == "equal", complaints
 
 
 def test_triton_is_not_imported_before_a_cuda_tensor_comes():

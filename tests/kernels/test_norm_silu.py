@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
@@ -71,13 +66,9 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_triton_kernel_gives_the_same_under_its_interpreter():
-    """In a process of its own, since Triton reads TRITON_INTERPRET when a kernel is defined."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", INTERPRETED.format(path=__file__)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "equal", done.stderr
+def test_the_triton_kernel_gives_the_same_under_its_interpreter(interpret):
+    printed, complaints = interpret(INTERPRETED.format(path=__file__))
+    assert printed == "equal", complaints
 
 
 @pytest.mark.gpu
