@@ -7,6 +7,7 @@ The sink runs where the caller is, because windows want the main thread and Ctrl
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Thread
@@ -34,8 +35,10 @@ def live(
     """Run `session` on `source` into `sink` until one of them ends, `until` says so, or Ctrl-C.
 
     With a source, each step answers the newest frame and older ones are dropped, so a camera that is faster than the
-    model never builds a queue; pictures are fitted (`fit`) to the size of a pipeline that has one. Without a source,
-    steps are paced to the rate of the stream and begin as late as they may, so that each reads the newest control.
+    model never builds a queue; pictures are fitted (`fit`) to the size of a pipeline that has one. A pipeline that
+    draws several pictures at once (`pictures_per_chunk`) gets the newest so many, at its own rate, since it takes them
+    for so far apart. Without a source, steps are paced to the rate of the stream and begin as late as they may, so that
+    each reads the newest control.
 
     Args:
         source: read on a thread of its own and closed there; None for a stream that needs no input.
@@ -56,7 +59,9 @@ def live(
 class _Loop:
     def __init__(self, source: Source | None, session: Session[Any, Any], sink: Sink) -> None:
         self.source, self.session, self.sink = source, session, sink
-        self.inbox: Latest[Frame] = Latest()
+        together = pictures_per_chunk(session.pipeline)
+        self.inbox: Latest[Frame] = Latest(together)
+        self.thin = Thin(session.pipeline.rate if together > 1 else None)
         self.outbox: Bounded[Sequence[Chunk]] = Bounded(1)
         self.stopping = Event()
         self.errors: list[BaseException] = []
@@ -100,7 +105,7 @@ class _Loop:
                 frame = self.source.read()
                 if frame is None:
                     self.stopping.wait(POLL_SECONDS)
-                else:
+                elif self.thin.keeps(frame.time):
                     self.inbox.put(self._fitted(frame))
         except (EndOfStream, Closed):
             pass
@@ -160,6 +165,29 @@ class _Loop:
             self.reader.join(FAREWELL_SECONDS)
         elif self.source is not None:
             self.source.close()  # its thread, which would have, was never started
+
+
+def pictures_per_chunk(pipeline: object) -> int:
+    """How many pictures of an input a step of `pipeline` answers together: 1 unless it says otherwise."""
+    return getattr(pipeline, "pictures_per_chunk", 1)
+
+
+class Thin:
+    """Leaves out frames that come faster than `rate`; None keeps all.
+
+    Frames at that very rate come now a little early, now a little late, and are all kept.
+    """
+
+    def __init__(self, rate: float | None) -> None:
+        self._period = 0.0 if rate is None else 1.0 / rate
+        self._due = -math.inf
+
+    def keeps(self, when: float) -> bool:
+        """Is the frame captured at `when` (seconds) one of those that are kept?"""
+        if when < self._due - self._period / 2:
+            return False
+        self._due = max(self._due, when - self._period) + self._period
+        return True
 
 
 class _Pace:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .window import Window
-from .world import VIDEO_SCALE
+from .world import scale_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..pipelines.video import VideoPipeline
     from ..pipelines.world import WorldPipeline
     from ..streaming import Chunk, Session, VideoFile
 
@@ -39,7 +40,8 @@ class SteeringWindow(Window):
         control = self._session.control
         strength = "true frames" if control.strength is None else f"strength {control.strength:.2f}"
         self.caption = f"{strength}   {control.prompt}"
-        super().write(replace(chunk, rate=math.inf))  # at once: the camera sets the pace
+        single = len(chunk.data) == 1  # is shown at once: the camera sets the pace
+        super().write(replace(chunk, rate=math.inf) if single else chunk)
         for key in self.presses():
             self._obey(self._session, key)
 
@@ -71,11 +73,16 @@ def _asked(words: str) -> dict[str, Any]:
 
 
 def translate(
-    pipe: WorldPipeline, video: VideoFile, session: Session, path: Path, *, seconds: float | None = None
+    pipe: WorldPipeline | VideoPipeline,
+    video: VideoFile,
+    session: Session,
+    path: Path,
+    *,
+    seconds: float | None = None,
 ) -> None:
-    """Draw `video` as a world into the mp4 at `path`, as fast as the machine can, and say how it went.
+    """Redraw `video` into the mp4 at `path`, as fast as the machine can, and say how it went.
 
-    Nothing is dropped for being late: the video is read at the rate of the world, so the same seed gives the same file.
+    Nothing is dropped for being late: the video is read at the rate of the model, so the same seed gives the same file.
     Interrupted, the file holds what was drawn until then.
 
     Args:
@@ -85,15 +92,19 @@ def translate(
     from tqdm import tqdm
 
     from ..streaming import Frame, Recorder, Steady, fit
+    from ..streaming.live import pictures_per_chunk
 
     rate = pipe.rate
     end = None if seconds is None else round(seconds * rate)
-    with Recorder(path, rate=rate, scale=VIDEO_SCALE) as recorder, tqdm(total=end, unit="frame") as progress:
-        steady, start = Steady(recorder, rate=rate), time.monotonic()
+    scale = scale_of(pipe.size)
+    with Recorder(path, rate=rate, scale=scale) as recorder, tqdm(total=end, unit="frame") as progress:
+        # who answers several pictures at once gives one for each, without a time of its own
+        sink = recorder if pictures_per_chunk(pipe) > 1 else Steady(recorder, rate=rate)
+        start = time.monotonic()
 
         def write(chunks: Sequence[Chunk]) -> None:
             for chunk in chunks:
-                steady.write(chunk)
+                sink.write(chunk)
                 progress.update(len(chunk.data))
 
         try:

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from ..pipelines.video import VideoPipeline
 
 DTYPES = ("float32", "bfloat16", "float16")
+VIDEO_MODELS = ("VideoPipeline", "WanPipeline")  # class names in a model's index
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that loads a video model; `--model` is the command's own."""
+    parser.add_argument("--preset", help="exact, fast or small: what may be given up for speed or memory")
     group = parser.add_argument_group("video models (Wan and its causal kin, in diffusers' layout)")
     group.add_argument("--recipe", help="how the weights are run: self_forcing, longlive, krea, ...")
     group.add_argument("--checkpoint", type=Path, help="weights of any dialect in place of the model's transformer")
@@ -48,7 +50,7 @@ def is_video_model(arguments: argparse.Namespace) -> bool:
     if not index.is_file():
         return False
     kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    return (kind[-1] if isinstance(kind, list) else kind) in ("VideoPipeline", "WanPipeline")
+    return (kind[-1] if isinstance(kind, list) else kind) in VIDEO_MODELS
 
 
 def load_arguments(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def load_arguments(arguments: argparse.Namespace, device: torch.device) -> dict[
 
     name = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     chosen: dict[str, Any] = {"torch_dtype": getattr(torch, name)}
-    for option in ("recipe", "checkpoint", "lora", "decoder", "size"):
+    for option in ("recipe", "preset", "checkpoint", "lora", "decoder", "size"):
         if getattr(arguments, option) is not None:
             chosen[option] = getattr(arguments, option)
     return chosen

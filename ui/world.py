@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..pipelines.world import WorldPipeline
     from ..streaming import Session
 
-VIDEO_SCALE = 4  # recordings are enlarged, since players blur a thumbnail
+VIDEO_SCALE = 4  # recordings of worlds are enlarged, since players blur a thumbnail
+THUMBNAIL = 240  # pixels of height below which a picture is one
 
 
 def shipped_models() -> dict[str, Path]:
@@ -27,14 +28,17 @@ def shipped_models() -> dict[str, Path]:
     return {index.parent.name: index.parent for index in sorted(ASSETS.glob("*/model_index.json"))}
 
 
-def load_world(name: str, device: str = "auto") -> WorldPipeline:
+def load_world(name: str, device: str = "auto", preset: str | None = None) -> WorldPipeline:
     """The world model `name` (shipped, a folder, or owner/name on the Hugging Face hub) on `device`.
+
+    A world has two kinds of arithmetic, so a preset chooses between them: see `world_dtype`.
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: a device that this machine lacks, or weights that can't be read.
+        ValueError: a device that this machine lacks, an unknown preset, or weights that can't be read.
     """
     torch_device = pick_device(device)
+    dtype = world_dtype(preset, torch_device.type)
     shipped = shipped_models()
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name not in shipped and not on_hub and not Path(name).expanduser().is_dir():
@@ -50,7 +54,26 @@ def load_world(name: str, device: str = "auto") -> WorldPipeline:
         raise ValueError(
             f"the weights of {name!r} can't be read ({error}): the file is damaged, so fetch it again"
         ) from error
-    return pipe.to(torch_device)
+    return pipe.to(torch_device, dtype)
+
+
+def world_dtype(preset: str | None, device: str) -> torch.dtype:
+    """What a world computes and remembers in.
+
+    `small` is bfloat16, half the memory; `fast` is that on a GPU, where it is quicker; `exact`, and none, are float32.
+
+    Args:
+        device: its type, such as "cpu".
+
+    Raises:
+        ValueError: an unknown preset, with those that are known.
+    """
+    import torch
+
+    from ..pipelines.presets import find_preset
+
+    name = "exact" if preset is None else find_preset(preset).name
+    return torch.bfloat16 if name == "small" or (name == "fast" and device == "cuda") else torch.float32
 
 
 def pick_device(name: str) -> torch.device:
@@ -119,6 +142,11 @@ def check_recording(path: Path) -> None:
     from ..streaming import Recorder
 
     Recorder(path, rate=1.0).close()
+
+
+def scale_of(size: Sequence[int]) -> int:
+    """How often each pixel of a picture (height, width) is repeated each way in a recording."""
+    return VIDEO_SCALE if size[0] < THUMBNAIL else 1
 
 
 def say_nearest(pipe: WorldPipeline, prompt: str) -> None:

@@ -1,4 +1,4 @@
-"""`millstream live`: a camera, a video or a stream from the network becomes a world, in a window or a file."""
+"""`millstream live`: a world or a video model redraws a camera, a video or a network stream, in a window or a file."""
 
 from __future__ import annotations
 
@@ -10,40 +10,49 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from ..live import SteeringWindow, hear, translate
-from ..world import VIDEO_SCALE, check_prompt, check_recording, load_world, positive_seconds, say_nearest
+from ..video import add_video_options, is_video_model, load_video
+from ..world import check_prompt, check_recording, load_world, positive_seconds, say_nearest, scale_of
 from .run import add_world_options
 
 if TYPE_CHECKING:
+    from ...pipelines.video import VideoPipeline
     from ...pipelines.world import WorldPipeline
     from ...streaming import Camera, NetworkCamera, Session, Source, VideoFile, VirtualCamera
 
 STRENGTH = 0.4  # by eye: enough to be the world, little enough to follow the camera
+VIDEO_STRENGTH = 0.8  # of StreamDiffusionV2's demo; its recipe takes no less than 0.7
+WORLDS_ONLY = ("stream_batch", "skip_similar", "follow_motion", "steps")
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "live",
-        help="turn a camera, a video or a network stream into a world while you watch",
-        description="For example: millstream live --camera 0 --prompt 'a brick corridor with soldiers'",
+        help="redraw a camera, a video or a network stream while you watch",
+        description="For example: millstream live --camera 0 --prompt 'a brick corridor with soldiers', or "
+        "millstream live --camera 0 --model PATH --recipe streamdiffusion_v2 --prompt 'a watercolour'",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--camera", type=camera_number, metavar="N", help="a webcam by number (default: 0)")
     source.add_argument("--video", type=Path, metavar="FILE", help="a video file instead of a camera")
     source.add_argument("--url", help="an rtsp://, http:// or https:// stream instead of a camera")
     parser.add_argument("--loop", action="store_true", help="play --video again and again")
-    parser.add_argument("--prompt", help="the world, in words (default: the model's first)")
+    parser.add_argument("--prompt", help="what is seen, in words (default: a world model's first world)")
     parser.add_argument("--seconds", type=positive_seconds, help="stop after so long (default: go on)")
     parser.add_argument("-o", "--output", type=Path, metavar="MP4", help="write the picture to a file; no window then")
     parser.add_argument("--virtual-camera", action="store_true", help="offer the picture to other programs; no window")
     parser.add_argument("--window", action="store_true", help="open a window besides -o or --virtual-camera")
     parser.add_argument(
-        "--strength", type=share, default=STRENGTH, help=f"0 keeps the picture, 1 ignores it (default: {STRENGTH})"
+        "--strength",
+        type=share,
+        help=f"0 keeps the picture, 1 ignores it (default: {STRENGTH} for worlds, {VIDEO_STRENGTH} for video models)",
     )
-    parser.add_argument("--follow-motion", type=share, default=0.0, help="share of it that fast motion takes off")
-    parser.add_argument("--skip-similar", type=share, help="likeness above which pictures may be skipped: 0.98")
-    parser.add_argument("--stream-batch", action="store_true", help="several frames in one pass: faster, a bit later")
+    worlds = parser.add_argument_group("worlds")
+    worlds.add_argument("--follow-motion", type=share, default=0.0, help="share of it that fast motion takes off")
+    worlds.add_argument("--skip-similar", type=share, help="likeness above which pictures may be skipped: 0.98")
+    worlds.add_argument("--stream-batch", action="store_true", help="several frames in one pass: faster, a bit later")
     add_world_options(parser)
+    add_video_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -74,9 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
         source = open_source(arguments)
         if_refused.callback(source.close)
         window, virtual = open_views(arguments, if_refused)
-        pipe = load_world(arguments.model, arguments.device)
-        prompt = arguments.prompt or pipe.worlds[0]
-        say_nearest(pipe, prompt)
+        if is_video_model(arguments):
+            pipe, prompt = load_video(arguments), arguments.prompt
+        else:
+            pipe = load_world(arguments.model, arguments.device, arguments.preset)
+            prompt = arguments.prompt or pipe.worlds[0]
+            say_nearest(pipe, prompt)
         import torch
 
         generator = torch.Generator().manual_seed(arguments.seed)
@@ -90,25 +102,46 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the session is opened with, if everything that was asked for goes together."""
-    from ...streaming import WorldControl
+    from ...pipelines.presets import find_preset
 
     if arguments.prompt is not None:
         check_prompt(arguments.prompt)
+    if arguments.preset is not None:
+        find_preset(arguments.preset)
     if arguments.loop and arguments.video is None:
         raise ValueError("--loop needs --video: only a file has an end to begin again from")
     if arguments.loop and arguments.output is not None and arguments.seconds is None:
         raise ValueError("--loop with -o would never end; say how long with --seconds")
+    settings = check_video(arguments) if is_video_model(arguments) else check_world(arguments)
+    if arguments.output is not None:
+        check_recording(arguments.output)
+    return settings
+
+
+def check_world(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a world's session is opened with."""
+    from ...streaming import WorldControl
+
     settings: dict[str, Any] = {
         "num_inference_steps": arguments.steps,
-        "strength": arguments.strength,
+        "strength": STRENGTH if arguments.strength is None else arguments.strength,
         "stream_batch": arguments.stream_batch,
         "skip_similar": arguments.skip_similar,
         "follow_motion": arguments.follow_motion,
     }
     WorldControl(**settings)
-    if arguments.output is not None:
-        check_recording(arguments.output)
     return settings
+
+
+def check_video(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a video model's session is opened with: its recipe says the rest."""
+    for option in WORLDS_ONLY:
+        if getattr(arguments, option):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for worlds; how a video model is run is its --recipe's to say")
+    if arguments.prompt is None:
+        raise ValueError("a video model has no world of its own to fall back on; say what is seen with --prompt")
+    return {"strength": VIDEO_STRENGTH if arguments.strength is None else arguments.strength}
 
 
 def open_source(arguments: argparse.Namespace) -> Camera | VideoFile | NetworkCamera:
@@ -136,7 +169,7 @@ def open_views(
 
 def go(
     arguments: argparse.Namespace,
-    pipe: WorldPipeline,
+    pipe: WorldPipeline | VideoPipeline,
     source: Source,
     session: Session,
     window: SteeringWindow | None,
@@ -148,10 +181,10 @@ def go(
     sinks: list[Sink] = [sink for sink in (window, virtual) if sink is not None]
     recorder = None
     if arguments.output is not None:
-        recorder = Recorder(arguments.output, rate=pipe.rate, scale=VIDEO_SCALE)
+        recorder = Recorder(arguments.output, rate=pipe.rate, scale=scale_of(pipe.size))
         sinks.append(Steady(recorder, rate=pipe.rate))
     if window is not None:
-        window.steers(session, pipe.worlds)
+        window.steers(session, getattr(pipe, "worlds", ()))
         print("1 to 9: another world; up and down: strength; Esc: quit")
     if sys.stdin is not None and sys.stdin.isatty():
         print("type a prompt, or a strength from 0 to 1, and press Enter to change it")

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     prompt = check_prompt(arguments.prompt)
     check_recording(arguments.output)
-    pipe = load_world(arguments.model, arguments.device)
+    pipe = load_world(arguments.model, arguments.device, arguments.preset)
     script = KeyScript.parse(arguments.keys, pipe.key_map)
     say_nearest(pipe, prompt)
     generator = torch.Generator().manual_seed(arguments.seed)

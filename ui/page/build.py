@@ -100,7 +100,7 @@ def _server_functions(settings: PageSettings) -> list[Any]:
         words = ["millstream", "serve", "--model", model]
         for option, value in (("--recipe", recipe), ("--preset", preset)):
             words += [option, value] if value else []
-        return memory_plan(model).as_json() | {"command": shlex.join(words)}
+        return memory_plan(model, recipe, preset).as_json() | {"command": shlex.join(words)}
 
     def load(choice: object) -> dict[str, str]:
         """Swap the served model; "error" says why not."""
