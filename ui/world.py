@@ -37,6 +37,8 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
         FileNotFoundError: no such model.
         ValueError: a device that this machine lacks, an unknown preset, or weights that can't be read.
     """
+    import torch
+
     torch_device = pick_device(device)
     dtype = world_dtype(preset, torch_device.type)
     shipped = shipped_models()
@@ -54,7 +56,12 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
         raise ValueError(
             f"the weights of {name!r} can't be read ({error}): the file is damaged, so fetch it again"
         ) from error
-    return pipe.to(torch_device, dtype)
+    pipe = pipe.to(torch_device)
+    if dtype != torch.float32:
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns of modules that others keep in float32
+    return pipe
 
 
 def world_dtype(preset: str | None, device: str) -> torch.dtype:
