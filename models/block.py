@@ -184,10 +184,10 @@ class Block(nn.Module):
         if self.mixer is not None:
             return self.attn1.out(self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context))
         q, k, v = self.attn1.rotated(x, context.rotary, context.turn)
-        mask, dtype = context.mask, v.dtype
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if context.cache is not None:
-            k, v, mask = context.cache.attend_view(layer, k, v)
-        return self.attn1.out(attend(q.to(dtype), k.to(dtype), v.to(dtype), mask=mask))
+            return self.attn1.out(context.cache.attend(layer, q, k, v))
+        return self.attn1.out(attend(q, k, v, mask=context.mask))
 
     def write_keys(self, x: Tensor, six: Six, layer: int, context: Context) -> None:
         """Write the keys of `x` into the cache and stop there: all that is wanted of the last block of a commit."""
