@@ -22,7 +22,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from attention_cases import DTYPE, Inputs, backends, clustered_inputs, plans, random_inputs, video_inputs, world_inputs
+from attention_cases import (
+    DTYPE,
+    Inputs,
+    backends,
+    clustered_inputs,
+    flex_runs,
+    plans,
+    random_inputs,
+    video_inputs,
+    world_inputs,
+)
 from attention_report import Report, plot
 from torch import Tensor
 
@@ -87,6 +97,11 @@ def measure(
     return {"ms": ms, "plan_ms": 0.0, "density": 1.0, "tflops": flops(q, k) / ms / 1e9, "error": error}
 
 
+def measure_call(run: Callable[[], Tensor], repeats: int, device: str) -> dict:
+    """Time alone, of what says nothing about its error here."""
+    return {"ms": median_ms(run, repeats, device), "plan_ms": 0.0}
+
+
 def measure_plan(
     planner: Callable,
     options: dict,
@@ -141,11 +156,13 @@ def few_queries(heads: int, dim: int, device: str, repeats: int, queries: int, k
 
 def tune(report: Report, heads: int, tokens: int) -> None:
     """Every tile size worth trying, dense and at 25 %, for head sizes 128 and 64."""
-    from attention_tune import candidates, run_candidate
+    from attention_tune import Candidate, candidates
 
-    for dim, block, density, config in candidates():
-        name = f"tune D {dim} block {block[0]}x{block[1]} {density:.0%} {config}"
-        report.add(name, partial(run_candidate, tokens, heads, dim, block, density, config, median_ms))
+    def run(candidate: Candidate) -> dict:
+        return candidate.run(tokens, heads, median_ms)
+
+    for candidate in candidates():
+        report.add(candidate.name, partial(run, candidate))
 
 
 # Planners that need no order of time among keys, for a ring has none.
@@ -232,6 +249,9 @@ def compare(
             if want(name) and (kind != "clustered" or "15 %" in name):
                 arguments = (planner, keywords, inputs, truth, rows, repeats, device, dense_ms)
                 report.add(name, partial(measure_plan, *arguments), kind)
+    q, k, v = kinds["video"][0]
+    for name, run in flex_runs(tokens, heads, device).items() if want("flex") else ():
+        report.add(name, partial(measure_call, partial(run, q, k, v), repeats, device), "video")
 
 
 if __name__ == "__main__":
