@@ -69,6 +69,5 @@ def candidates() -> Iterator[Candidate]:
     yield Candidate(128, half, Config(128, 64, 8, 3))
     yield Candidate(128, wide, Config(128, 64, 8, 4))
     yield Candidate(128, wide, Config(128, 64, 8, 2))
-    yield Candidate(64, wide, Config(128, 128, 4, 3))
     yield Candidate(128, (64, 64), Config(64, 64, 4, 3))
     yield Candidate(128, wide, Config(128, 64, 8, 3), "int8")
