@@ -158,8 +158,10 @@ class KVChunk:
         hides_none = self.cache.spare == 0 or max(ends) <= self.cache.window.frames
         return None if same_fill and hides_none else self._visible_slots()
 
-    def _visible_slots(self) -> Tensor:
-        """Bool [B, 1, 1, K]: which slots hold a frame that this chunk may see."""
+    @cached_property
+    def slot_frames(self) -> Tensor:
+        """int64 [B, frames attended to]: which frame of the stream each place of the ring holds, -1 where it holds none
+        that this chunk may see."""
         window, ring = self.cache.window, self.cache.ring
         end = self.positions[:, -1:]
         slot = torch.arange(self._length, device=self.cache.device)[None]
@@ -167,8 +169,11 @@ class KVChunk:
         frame = torch.where(slot < window.sinks, slot, newest)
         recent = frame > end - (window.frames - window.sinks)
         visible = (frame <= end) & (recent | (slot < window.sinks)) & (frame >= slot.clamp_max(window.sinks))
-        spread = visible[..., None].expand(-1, -1, self.cache.tokens_per_frame)
-        return spread.flatten(1)[:, None, None]
+        return torch.where(visible, frame, -1)
+
+    def _visible_slots(self) -> Tensor:
+        """Bool [B, 1, 1, K]: which slots hold a frame that this chunk may see."""
+        return (self.slot_frames >= 0).repeat_interleave(self.cache.tokens_per_frame, 1)[:, None, None]
 
     def _turn_sinks(self) -> None:
         """Sinks move by as much as the window has moved past them: sink i then stands at window start - sinks + i."""
