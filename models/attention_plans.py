@@ -12,7 +12,7 @@ import ast
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -181,11 +181,8 @@ def _box(
     """Queries of the frames `queries` [B, F], which see frames up to `ends` [B, F] and `reach` of them back, and around
     them a window of rows and columns; keys of the frames `keys` [B, S], -1 where there is none. Sinks are seen whole.
     """
-    _, height, width = grid
-    device, tokens = keys.device, height * width
-    places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).flatten(1).to(device)
-    near = window_mask(places, (height, width), [min(kernel[1], height), min(kernel[2], width)])
-    low, high, at = near._axes()
+    low, high, at = _beside(grid[1:], kernel[1:], keys.device)
+    tokens = grid[1] * grid[2]
 
     def joined(time: Tensor, space: Tensor) -> Tensor:
         time = time.repeat_interleave(tokens, 1)[:, None, None].to(torch.int32)
@@ -194,6 +191,15 @@ def _box(
 
     keys = torch.where(keys < 0, UNBOUNDED, keys)  # after every query
     return BoxMask(joined(ends - reach + 1, low), joined(ends, high), joined(keys, at), sinks if sinks else -UNBOUNDED)
+
+
+@cache
+def _beside(grid: tuple[int, int], kernel: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds of the window of each place of a frame, and the places, [1, 1, 2, places]; kept, since a recorded step
+    may not fetch numbers from the host."""
+    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    near = window_mask(torch.stack(axes).flatten(1), grid, [min(*pair) for pair in zip(kernel, grid)])
+    return near._axes()
 
 
 def _plan(mask: BoxMask, queries: int, keys: int) -> BlockPlan:

@@ -16,6 +16,7 @@ from ..pipelines.assets import ASSETS
 if TYPE_CHECKING:
     import torch
 
+    from ..pipelines.video import VideoPipeline
     from ..pipelines.world import WorldPipeline
     from ..streaming import Session
 
@@ -51,6 +52,12 @@ def load_world(name: str, device: str = "auto") -> WorldPipeline:
             f"the weights of {name!r} can't be read ({error}): the file is damaged, so fetch it again"
         ) from error
     return pipe.to(torch_device)
+
+
+def attend_as(pipe: WorldPipeline | VideoPipeline, attention: str | None) -> None:
+    """Run the model's self-attention under the planner of `--attention`; None leaves the model's own."""
+    if attention is not None:
+        pipe.transformer.set_attention(attention)
 
 
 def pick_device(name: str) -> torch.device:

@@ -350,6 +350,24 @@ def test_the_merging_kernel_does_what_its_reference_does():
     assert (out[0, :, 0] == 0).all()
 
 
+def test_a_gpu_that_cannot_run_the_kernel_is_told_why_once(monkeypatch):
+    from millstream.kernels.attention import sparse
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    why = sparse._refusal(torch.device("cuda"), torch.float16, 64, (64, 64))
+    assert why == "compute capability 8.0 or newer, got 7.5"
+    monkeypatch.setattr(sparse, "runs_triton", lambda q: True)
+    monkeypatch.setattr(sparse, "_refusal", lambda *_: why)
+    sparse._say_once.cache_clear()
+    q, k, v = qkv(64, 64)
+    plan = BlockPlan.dense(64, 64, (64, 64))
+    with pytest.warns(UserWarning, match="needs compute capability 8.0 or newer, got 7.5; using the reference") as seen:
+        for _ in range(3):  # steps
+            assert_close(attend(q, k, v, plan, return_lse=True), naive(q, k, v))
+    assert len([w for w in seen if "compute capability" in str(w.message)]) == 1
+
+
 def test_gradients_pass_through_a_plan():
     visit = drawn(1, 2, 2, 3)
     ours, theirs = ([x.requires_grad_() for x in qkv(128, 192, dtype=torch.float64)] for _ in range(2))

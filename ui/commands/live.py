@@ -10,7 +10,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from ..live import SteeringWindow, hear, translate
-from ..world import VIDEO_SCALE, check_prompt, check_recording, load_world, positive_seconds, say_nearest
+from ..world import VIDEO_SCALE, attend_as, check_prompt, check_recording, load_world, positive_seconds, say_nearest
 from .run import add_world_options
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         if_refused.callback(source.close)
         window, virtual = open_views(arguments, if_refused)
         pipe = load_world(arguments.model, arguments.device)
+        attend_as(pipe, arguments.attention)
         prompt = arguments.prompt or pipe.worlds[0]
         say_nearest(pipe, prompt)
         import torch
