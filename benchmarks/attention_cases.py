@@ -132,7 +132,12 @@ def backends(tokens: int, heads: int, device: str) -> dict[str, Callable]:
     """name: (q, k, v) -> attention without a plan."""
     if device == "cpu":
         return {"dense: SDPA": attend}
-    return {"dense: cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "dense: flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+    return {
+        "dense: cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "dense: flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "dense: attend": attend,
+        "dense: attend with LSE": lambda q, k, v: attend(q, k, v, return_lse=True)[0],
+    }
 
 
 def flex_runs(tokens: int, heads: int, device: str) -> dict[str, Callable]:
