@@ -210,11 +210,15 @@ def main() -> None:
     if options.tune:
         tune(report, heads, tokens)
         return
-    compare(report, grid, heads, options.dim, device, repeats, wanted)
     chunk = 3 * grid[1] * grid[2]
-    if not wanted:
-        report.add("reuse, 4 steps", lambda: reuse(heads, options.dim, device, repeats, chunk, 3 * chunk))
-        report.add("few queries", lambda: few_queries(heads, options.dim, device, repeats, chunk // 3, 4 * chunk))
+    shape = (heads, options.dim, device, repeats)
+    for name, run in (
+        ("reuse, 4 steps", lambda: reuse(*shape, chunk, 3 * chunk)),
+        ("few queries", lambda: few_queries(*shape, chunk // 3, 4 * chunk)),
+    ):
+        if not wanted or any(part in name for part in wanted):
+            report.add(name, run)
+    compare(report, grid, heads, options.dim, device, repeats, wanted)
     if options.world:
         report.add("world", lambda: compare_world(report, device))
     report.add("plot", lambda: plot(report.data["results"], options.out / "attention.png"))
