@@ -56,7 +56,7 @@ def median_ms(run: Callable[[], object], repeats: int, device: str) -> float:
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # The device waits a little, so that launching is not measured: in a stream it is done ahead, or by a graph.
-            torch.cuda._sleep(2_000_000)
+            torch.cuda._sleep(4_000_000)
             start.record()
             run()
             end.record()
