@@ -30,7 +30,7 @@ WHOLE = 2**30  # as far as an axis goes
 
 
 def _svg2(q: Tensor, k: Tensor, **options: Any) -> BlockPlan:
-    few = {"num_q_clusters": min(300, q.shape[1]), "num_k_clusters": min(1000, k.shape[1])}
+    few: dict[str, Any] = {"num_q_clusters": min(300, q.shape[1]), "num_k_clusters": min(1000, k.shape[1])}
     return planners.svg2(q, k, **(few | options))[0]
 
 
@@ -45,9 +45,9 @@ WINDOWS: dict[str, Callable[..., tuple[int, int, int]]] = {
 BLOCKS: dict[str, Callable[..., BlockPlan]] = {
     "pisa": planners.pisa,
     "svg_ear": planners.svg_ear,
-    "moba": lambda q, k, v, **options: planners.moba(q, k, **({"is_causal": False} | options)),
+    "moba": lambda q, k, v, is_causal=False, **options: planners.moba(q, k, is_causal=is_causal, **options),
     "sparge": lambda q, k, v, **options: planners.sparge(q, k, **options),
-    "proxy": lambda q, k, v, **options: planners.proxy(q, k, **({"groups": 1} | options)),
+    "proxy": lambda q, k, v, groups=1, **options: planners.proxy(q, k, groups=groups, **options),
     "svg2": lambda q, k, v, **options: _svg2(q, k, **options),
 }
 # name: (q, k, v, grid) -> plan, for queries and keys of one whole sequence
