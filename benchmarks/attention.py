@@ -120,7 +120,9 @@ def measure_plan(
     made = planner(q, k, v) is plan
     plan_ms = 0.0 if made else median_ms(lambda: planner(q, k, v), max(1, repeats // 2), device)
     speedup = dense_ms / (row["ms"] + plan_ms)
-    return row | {"plan_ms": plan_ms, "density": density, "tflops": row["tflops"] * density, "speedup": speedup}
+    row |= {"plan_ms": plan_ms, "density": density, "tflops": row["tflops"] * density, "speedup": speedup}
+    # Of the time that a plan saves, what is spent on making it; above 1 it saves nothing.
+    return row | ({"plan_share": plan_ms / (dense_ms - row["ms"])} if dense_ms > row["ms"] else {})
 
 
 def reuse(heads: int, dim: int, device: str, repeats: int, chunk: int, context: int) -> dict:

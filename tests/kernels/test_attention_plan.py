@@ -386,6 +386,18 @@ def test_gradients_pass_through_a_plan():
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("keys", [448, 430])
+@pytest.mark.parametrize("count", [0, 3, 99])
+def test_the_best_blocks_are_listed_as_any_choice_is(keys, count):
+    scores = torch.rand((2, 3, 5, 7), generator=torch.Generator().manual_seed(2))
+    plan = BlockPlan.best(scores, count, (64, 64), keys)
+    count = min(max(1, count), 7)
+    chosen = scores >= scores.sort(dim=-1, descending=True).values[..., count - 1 : count]
+    truth = BlockPlan.of(chosen, (64, 64), keys, width=count)
+    for name in ("indices", "n_full", "n_masked"):
+        assert torch.equal(getattr(plan, name), getattr(truth, name)), name
+
+
 def test_lists_are_cut_at_the_width_and_full_blocks_stay():
     visit = torch.ones(1, 1, 1, 4, dtype=torch.bool)
     full = torch.tensor([[[[False, True, False, True]]]])
