@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .machine import machine
-from .world import pick_device
+from .world import attend_as, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,9 @@ def load_video(arguments: argparse.Namespace) -> VideoPipeline:
     from ..pipelines.video import VideoPipeline
 
     device = pick_device(arguments.device)
-    return VideoPipeline.from_pretrained(arguments.model, **load_arguments(arguments, device)).to(device)
+    pipe = VideoPipeline.from_pretrained(arguments.model, **load_arguments(arguments, device)).to(device)
+    attend_as(pipe, getattr(arguments, "attention", None))
+    return pipe
 
 
 def run_video(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from ..pipelines.assets import ASSETS
 if TYPE_CHECKING:
     import torch
 
+    from ..pipelines.video import VideoPipeline
     from ..pipelines.world import WorldPipeline
     from ..streaming import Session
 
@@ -81,6 +82,12 @@ def world_dtype(preset: str | None, device: str) -> torch.dtype:
 
     name = "exact" if preset is None else find_preset(preset).name
     return torch.bfloat16 if name == "small" or (name == "fast" and device == "cuda") else torch.float32
+
+
+def attend_as(pipe: WorldPipeline | VideoPipeline, attention: str | None) -> None:
+    """Run the model's self-attention under the planner of `--attention`; None leaves the model's own."""
+    if attention is not None:
+        pipe.transformer.set_attention(attention)
 
 
 def pick_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..live import SteeringWindow, hear, translate
 from ..video import add_video_options, is_video_model, load_video
-from ..world import check_prompt, check_recording, load_world, positive_seconds, say_nearest, scale_of
+from ..world import attend_as, check_prompt, check_recording, load_world, positive_seconds, say_nearest, scale_of
 from .run import add_world_options
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             pipe = load_world(arguments.model, arguments.device, arguments.preset)
             prompt = arguments.prompt or pipe.worlds[0]
+            attend_as(pipe, arguments.attention)
             say_nearest(pipe, prompt)
         import torch
 
