@@ -1,6 +1,7 @@
 """Everything that lives across time: chunks, controls, sessions, mailboxes, sources, sinks, metrics. Knows no model."""
 
 from .fit import fit
+from .jitter import JitterBuffer, Playout
 from .kv_cache import KVCache
 from .live import live
 from .mailbox import Bounded, Closed, Latest
@@ -10,6 +11,7 @@ from .recorder import Recorder
 from .session import Session, step_together
 from .sinks import Steady, Tee, VirtualCamera
 from .snapshot import Snapshot
+from .sound_sinks import Speaker, WavFile
 from .sources import Camera, VideoFile
 from .types import (
     MAX_PROMPT_CHARACTERS,
@@ -35,16 +37,19 @@ __all__ = [
     "Control",
     "EndOfStream",
     "Frame",
+    "JitterBuffer",
     "KVCache",
     "Latest",
     "Leaves",
     "Metrics",
     "NetworkCamera",
+    "Playout",
     "Recorder",
     "Session",
     "Sink",
     "Snapshot",
     "Source",
+    "Speaker",
     "SpeechControl",
     "Steady",
     "Streamable",
@@ -52,6 +57,7 @@ __all__ = [
     "VideoControl",
     "VideoFile",
     "VirtualCamera",
+    "WavFile",
     "WorldControl",
     "fit",
     "live",
