@@ -1,6 +1,7 @@
 """Everything that lives across time: chunks, controls, sessions, mailboxes, sources, sinks, metrics. Knows no model."""
 
 from .fit import fit
+from .image_control import ImageControl
 from .kv_cache import KVCache
 from .live import live
 from .mailbox import Bounded, Closed, Latest
@@ -35,6 +36,7 @@ __all__ = [
     "Control",
     "EndOfStream",
     "Frame",
+    "ImageControl",
     "KVCache",
     "Latest",
     "Leaves",
