@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from .live_networks import Condition, network_of
 from .live_state import LiveFrame
 
 PROMPTS_KEPT = 16
+LEVELS_KEPT = 64
 Follow = Literal["plainly", "residual", "pair", "initialize"]
 ASKED_TWICE = ("pair", "initialize")
 
@@ -34,6 +36,9 @@ class ImageDrawer:
         self.pipe, self.size, self.steps = pipe, size, steps
         self.network = network_of(pipe, size)
         self._recordings: Recordings | None = None
+        self._levels: dict[tuple[int, float], Levels] = {}  # reading a scheduler takes as long as half a frame
+        self._levels_of: Any = None
+        self._reading = RLock()  # prompts are read by whoever steers
         self._read: OrderedDict[tuple[str, str | None, float], tuple[Condition, Condition | None]] = OrderedDict()
 
     @property
@@ -45,15 +50,15 @@ class ImageDrawer:
         """Of the steps; made anew when the weights have moved to another device."""
         if self._recordings is None or self._recordings.device != self.device:
             self._recordings = Recordings(self.device)
-            self._read.clear()
         return self._recordings
 
     def settle(self) -> None:
         """Notice parts whose weights were exchanged; called when a stream begins."""
-        self._read.clear()
+        with self._reading:
+            self._read.clear()
         self.recordings.follow([*self.network.module.parameters(), *self.pipe.vae.parameters()])
 
-    def prepare(self, *, compiled: bool) -> None:
+    def prepare(self, *, compiled: bool | str) -> None:
         """Lay the weights out for a GPU, and let torch.compile have them if wanted."""
         vae, module = self.pipe.vae, self.network.module
         if self.device.type == "cuda":
@@ -61,29 +66,40 @@ class ImageDrawer:
                 part.to(memory_format=torch.channels_last)
         if compiled:
             self.network.join_projections()
-            for part in (module, vae.encoder, vae.decoder):
-                part.compile(mode="max-autotune-no-cudagraphs")  # the graphs are ours: they span all three
+            for name in ("_encode", "_flows", "_paint"):  # what comes before and after a network is joined to it
+                mode = "max-autotune-no-cudagraphs" if compiled is True else compiled
+                setattr(self, name, torch.compile(getattr(self, name), mode=mode, dynamic=False))
 
     def levels(self, control: ImageControl, *, drawn_from: Literal["picture", "words"]) -> Levels:
         """The steps that a frame takes."""
         strength = control.strength if drawn_from == "picture" else 1.0
-        steps, network = control.num_inference_steps or self.steps, self.network
-        return read_levels(self.pipe.scheduler, steps, strength, tokens=network.tokens, rounds_up=network.rounds_up)
+        scheduler, steps, network = self.pipe.scheduler, control.num_inference_steps or self.steps, self.network
+        if self._levels_of is not scheduler:
+            self._levels_of, self._levels = scheduler, {}
+        if (steps, strength) not in self._levels:
+            if len(self._levels) >= LEVELS_KEPT:
+                self._levels.clear()
+            self._levels[steps, strength] = read_levels(
+                scheduler, steps, strength, tokens=network.tokens, rounds_up=network.rounds_up
+            )
+        return self._levels[steps, strength]
 
     def scale_of(self, control: ImageControl) -> float:
         return self.network.guidance if control.guidance_scale is None else control.guidance_scale
 
+    @torch.no_grad()
     def conditions(self, control: ImageControl) -> tuple[Condition, Condition | None]:
         """What the network is told for a control: positive and, if it takes passes, negative. Kept by prompt."""
         negative = control.negative_prompt if control.guidance in ("initialize", "full") else None
         told = self.scale_of(control) if self.network.reads_guidance else 0.0
         key = (control.prompt, negative, told)
-        if key not in self._read:
-            self._read[key] = self.network.read(*key)
-            if len(self._read) > PROMPTS_KEPT:
-                self._read.popitem(last=False)
-        self._read.move_to_end(key)
-        return self._read[key]
+        with self._reading:
+            if key not in self._read:
+                self._read[key] = self.network.read(*key)
+                if len(self._read) > PROMPTS_KEPT:
+                    self._read.popitem(last=False)
+            self._read.move_to_end(key)
+            return self._read[key]
 
     def take_in(self, picture: Tensor, seed: int, number: int, levels: Levels) -> tuple[Tensor, Tensor]:
         """A picture [3, H, W], floats in [0, 1] or uint8: (noised latents, clean latents), each [C, h, w]."""
@@ -168,13 +184,16 @@ class ImageDrawer:
         """Latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1], or in uint8."""
 
         def decoded(latents: Tensor) -> Tensor:
-            config = self.pipe.vae.config
-            raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            (picture,) = self.pipe.vae.decode(raw.to(self.pipe.vae.dtype), return_dict=False)
-            picture = (picture.float() / 2 + 0.5).clamp(0, 1)
-            return (picture * 255 + 0.5).to(torch.uint8) if bytes_ else picture.contiguous()
+            return self._paint(latents, bytes_)
 
         return self._run(("decode", bytes_), decoded, [latents])
+
+    def _paint(self, latents: Tensor, bytes_: bool) -> Tensor:
+        config = self.pipe.vae.config
+        raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        (picture,) = self.pipe.vae.decode(raw.to(self.pipe.vae.dtype), return_dict=False)
+        picture = (picture.float() / 2 + 0.5).clamp(0, 1)
+        return (picture * 255 + 0.5).to(torch.uint8) if bytes_ else picture.contiguous()
 
     def _encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] to scaled latents, the middle of their distribution where there is one."""

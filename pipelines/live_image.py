@@ -54,7 +54,7 @@ class LiveImagePipeline(ImageDrawer):
         tiny: Any = None,
         rate: float = 30.0,
         overlap: bool = False,
-        compile: bool = False,
+        compile: bool | str = False,
     ) -> Self:
         """A live pipeline of the parts of a diffusers pipeline, which stay shared with it.
 
@@ -66,7 +66,8 @@ class LiveImagePipeline(ImageDrawer):
             rate: pictures per second that chunks are stamped with.
             overlap: hand out every picture one tick later, on the host, so that transfers and the caller's work happen
                 beside the drawing of the next. Without it a chunk's picture stays on the device.
-            compile: on a GPU, let torch.compile tune the kernels (minutes, in the first frames). Load adapters before.
+            compile: let torch.compile make the kernels, in this mode; True is "max-autotune-no-cudagraphs", which takes
+                minutes in the first frames. Load adapters before.
 
         Raises:
             ValueError: a pipeline of another kind, parts that are missing, or a size that does not fill whole tokens.
@@ -149,6 +150,7 @@ class LiveImagePipeline(ImageDrawer):
                 f'this model is told its guidance scale and needs no second pass; take guidance="none" and a '
                 f"guidance_scale ({self.network.guidance:g} by default), got {control.guidance!r}"
             )
+        self.conditions(control)  # here the thread that steers reads the prompt, and no frame waits for it
 
     def begin(self, control: ImageControl, *, generator: torch.Generator | None = None) -> LiveImageState:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None))

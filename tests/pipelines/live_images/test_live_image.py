@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -249,6 +250,20 @@ def test_the_text_keys_leave_the_pipeline_as_it_was(stable_diffusion: StableDiff
         torch.testing.assert_close(live.network(x, when, told), stable_diffusion.unet(x, when, text).sample)
 
 
+def test_compiled_steps_draw_the_same(stable_diffusion: StableDiffusionImg2ImgPipeline) -> None:
+    """Traced whole, without a break, and with its projections joined."""
+    parts = {**stable_diffusion.components, "unet": copy.deepcopy(stable_diffusion.unet)}
+    twin = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    eager = LiveImagePipeline.from_diffusers(stable_diffusion)
+    joined = LiveImagePipeline.from_diffusers(twin)
+    joined.network.join_projections()
+    for name in ("_encode", "_flows", "_paint"):
+        setattr(joined, name, torch.compile(getattr(joined, name), backend="eager", fullgraph=True))
+    settings = {"strength": 0.5, "guidance": "full", "guidance_scale": 1.5}
+    wanted = together(run(eager, [*pictures(1)], **settings))
+    torch.testing.assert_close(together(run(joined, [*pictures(1)], **settings)), wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -293,11 +308,12 @@ def test_ddim_ends_where_its_config_says(stable_diffusion: StableDiffusionImg2Im
     live = with_scheduler(stable_diffusion, scheduler)
     levels = live.levels(ms.ImageControl(strength=1.0, num_inference_steps=4), drawn_from="picture")
     x = torch.randn(1, 4, 8, 8)
-    scheduler.set_timesteps(4)
+    ddim: Any = scheduler
+    ddim.set_timesteps(4)
     steps, plain = levels.steps, levels.steps[0].scale * x
-    for step, timestep in zip(steps, scheduler.timesteps):
+    for step, timestep in zip(steps, ddim.timesteps):
         out = torch.sin(plain * 3)
         flow = step.keep * x + step.take * out
         x, _ = levels.rule.step(x, flow, step.sigma, step.sigma_next)
-        plain = scheduler.step(out, timestep, plain).prev_sample
+        plain = ddim.step(out, timestep, plain).prev_sample
     torch.testing.assert_close(levels.final * x, plain, rtol=1e-5, atol=1e-5)
