@@ -126,12 +126,12 @@ def make_pipe(device: torch.device) -> Any:
     torch.manual_seed(0)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     with torch.device(device):
-        unet = UNet2DConditionModel(**(TURBO if device.type == "cuda" else SMALL)).eval().to(dtype)
-        vae = AutoencoderTiny().eval().to(dtype)
+        unet: Any = UNet2DConditionModel(**(TURBO if device.type == "cuda" else SMALL)).eval()
+        vae: Any = AutoencoderTiny().eval()
         text = torch.randn(1, 77, WIDE, dtype=dtype)
     pipe: Any = StableDiffusionImg2ImgPipeline(
-        vae=vae,  # pyright: ignore[reportArgumentType]
-        unet=unet,
+        vae=vae.to(dtype),
+        unet=unet.to(dtype),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing"),  # pyright: ignore[reportArgumentType]
         text_encoder=None,  # pyright: ignore[reportArgumentType]
         tokenizer=None,  # pyright: ignore[reportArgumentType]

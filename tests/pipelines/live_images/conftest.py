@@ -38,20 +38,6 @@ def small_text(kind: type = CLIPTextModel) -> Any:
     return kind(config).eval()
 
 
-def small_unet(**given: Any) -> UNet2DConditionModel:
-    settings = {
-        "sample_size": 8,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-    }
-    return UNet2DConditionModel(**{**settings, **given}).eval()
-
-
 def small_vae(channels: int = 4) -> AutoencoderTiny:
     sides = (8, 8, 8, 8)
     return AutoencoderTiny(
@@ -71,7 +57,16 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusio
         vae=small_vae(),  # pyright: ignore[reportArgumentType]  (any autoencoder will do)
         text_encoder=small_text(),
         tokenizer=small_tokenizer(tmp_path_factory.mktemp("clip")),
-        unet=small_unet(),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+        ).eval(),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing"),  # pyright: ignore[reportArgumentType]
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
