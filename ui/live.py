@@ -16,10 +16,17 @@ from .world import VIDEO_SCALE
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..pipelines.live_image import LiveImagePipeline
     from ..pipelines.world import WorldPipeline
     from ..streaming import Chunk, Session, VideoFile
 
+SMALL = 256  # pixels high: what is smaller is enlarged in recordings
 NUDGE = 0.05  # what one press of an arrow key adds to the strength
+
+
+def enlargement(size: tuple[int, int]) -> int:
+    """By how much to enlarge recordings of pictures of this size (height, width)."""
+    return VIDEO_SCALE if size[0] < SMALL else 1
 
 
 class SteeringWindow(Window):
@@ -71,11 +78,16 @@ def _asked(words: str) -> dict[str, Any]:
 
 
 def translate(
-    pipe: WorldPipeline, video: VideoFile, session: Session, path: Path, *, seconds: float | None = None
+    pipe: WorldPipeline | LiveImagePipeline,
+    video: VideoFile,
+    session: Session,
+    path: Path,
+    *,
+    seconds: float | None = None,
 ) -> None:
-    """Draw `video` as a world into the mp4 at `path`, as fast as the machine can, and say how it went.
+    """Redraw `video` into the mp4 at `path`, as fast as the machine can, and say how it went.
 
-    Nothing is dropped for being late: the video is read at the rate of the world, so the same seed gives the same file.
+    Nothing is dropped for being late: the video is read at the pipeline's rate, so the same seed gives the same file.
     Interrupted, the file holds what was drawn until then.
 
     Args:
@@ -88,7 +100,7 @@ def translate(
 
     rate = pipe.rate
     end = None if seconds is None else round(seconds * rate)
-    with Recorder(path, rate=rate, scale=VIDEO_SCALE) as recorder, tqdm(total=end, unit="frame") as progress:
+    with Recorder(path, rate=rate, scale=enlargement(pipe.size)) as recorder, tqdm(total=end, unit="frame") as progress:
         steady, start = Steady(recorder, rate=rate), time.monotonic()
 
         def write(chunks: Sequence[Chunk]) -> None:

@@ -1,4 +1,7 @@
-"""`millstream live`: a camera, a video or a stream from the network becomes a world, in a window or a file."""
+"""`millstream live`: a camera, a video or a stream from the network is redrawn, in a window or a file.
+
+By a world, or by a diffusers image pipeline: the model's folder tells which.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,25 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from ..live import SteeringWindow, hear, translate
-from ..world import VIDEO_SCALE, check_prompt, check_recording, load_world, positive_seconds, say_nearest
+from ..live import SteeringWindow, enlargement, hear, translate
+from ..live_image import add_image_options, control_of, is_image_model, load_live_image
+from ..world import check_prompt, check_recording, load_world, positive_seconds, say_nearest
 from .run import add_world_options
 
 if TYPE_CHECKING:
+    from ...pipelines.live_image import LiveImagePipeline
     from ...pipelines.world import WorldPipeline
     from ...streaming import Camera, NetworkCamera, Session, Source, VideoFile, VirtualCamera
 
 STRENGTH = 0.4  # by eye: enough to be the world, little enough to follow the camera
+HALF = 0.5  # of an image pipeline's steps, which are few
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
         "live",
-        help="turn a camera, a video or a network stream into a world while you watch",
+        help="redraw a camera, a video or a network stream while you watch",
         description="For example: millstream live --camera 0 --prompt 'a brick corridor with soldiers'",
     )
     source = parser.add_mutually_exclusive_group()
@@ -32,18 +38,19 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     source.add_argument("--video", type=Path, metavar="FILE", help="a video file instead of a camera")
     source.add_argument("--url", help="an rtsp://, http:// or https:// stream instead of a camera")
     parser.add_argument("--loop", action="store_true", help="play --video again and again")
-    parser.add_argument("--prompt", help="the world, in words (default: the model's first)")
+    parser.add_argument("--prompt", help="what to draw, in words (a world's default: its first)")
     parser.add_argument("--seconds", type=positive_seconds, help="stop after so long (default: go on)")
     parser.add_argument("-o", "--output", type=Path, metavar="MP4", help="write the picture to a file; no window then")
     parser.add_argument("--virtual-camera", action="store_true", help="offer the picture to other programs; no window")
     parser.add_argument("--window", action="store_true", help="open a window besides -o or --virtual-camera")
     parser.add_argument(
-        "--strength", type=share, default=STRENGTH, help=f"0 keeps the picture, 1 ignores it (default: {STRENGTH})"
+        "--strength", type=share, help=f"0 keeps the picture, 1 ignores it (default: {STRENGTH}, image models {HALF})"
     )
     parser.add_argument("--follow-motion", type=share, default=0.0, help="share of it that fast motion takes off")
     parser.add_argument("--skip-similar", type=share, help="likeness above which pictures may be skipped: 0.98")
     parser.add_argument("--stream-batch", action="store_true", help="several frames in one pass: faster, a bit later")
     add_world_options(parser)
+    add_image_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,14 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Refuse what can be refused before the model is loaded; then go."""
     from ...streaming import VideoFile
 
-    settings = check(arguments)
+    images = is_image_model(arguments.model)
+    settings = check(arguments, images)
     with ExitStack() as at_end, ExitStack() as if_refused:
         source = open_source(arguments)
         if_refused.callback(source.close)
         window, virtual = open_views(arguments, if_refused)
-        pipe = load_world(arguments.model, arguments.device)
+        pipe = load(arguments, images)
         prompt = arguments.prompt or pipe.worlds[0]
-        say_nearest(pipe, prompt)
         import torch
 
         generator = torch.Generator().manual_seed(arguments.seed)
@@ -88,9 +95,19 @@ def run(arguments: argparse.Namespace) -> int:
         return go(arguments, pipe, source, session, window, virtual)
 
 
-def check(arguments: argparse.Namespace) -> dict[str, Any]:
+def load(arguments: argparse.Namespace, images: bool) -> Any:
+    """The pipeline, warm if it will be watched."""
+    if images:
+        return load_live_image(arguments)
+    pipe = load_world(arguments.model, arguments.device)
+    say_nearest(pipe, arguments.prompt or pipe.worlds[0])
+    return pipe
+
+
+def check(arguments: argparse.Namespace, images: bool = False) -> dict[str, Any]:
     """What the session is opened with, if everything that was asked for goes together."""
     from ...streaming import WorldControl
+    from ...streaming.snapshot import control_fields
 
     if arguments.prompt is not None:
         check_prompt(arguments.prompt)
@@ -100,12 +117,16 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--loop with -o would never end; say how long with --seconds")
     settings: dict[str, Any] = {
         "num_inference_steps": arguments.steps,
-        "strength": arguments.strength,
+        "strength": STRENGTH if arguments.strength is None else arguments.strength,
         "stream_batch": arguments.stream_batch,
         "skip_similar": arguments.skip_similar,
         "follow_motion": arguments.follow_motion,
     }
-    WorldControl(**settings)
+    if images:
+        control = control_of(arguments, HALF if arguments.strength is None else arguments.strength)
+        settings = {name: value for name, value in control_fields(control).items() if name not in ("prompt", "version")}
+    else:
+        WorldControl(**settings)
     if arguments.output is not None:
         check_recording(arguments.output)
     return settings
@@ -136,7 +157,7 @@ def open_views(
 
 def go(
     arguments: argparse.Namespace,
-    pipe: WorldPipeline,
+    pipe: WorldPipeline | LiveImagePipeline,
     source: Source,
     session: Session,
     window: SteeringWindow | None,
@@ -148,11 +169,12 @@ def go(
     sinks: list[Sink] = [sink for sink in (window, virtual) if sink is not None]
     recorder = None
     if arguments.output is not None:
-        recorder = Recorder(arguments.output, rate=pipe.rate, scale=VIDEO_SCALE)
+        recorder = Recorder(arguments.output, rate=pipe.rate, scale=enlargement(pipe.size))
         sinks.append(Steady(recorder, rate=pipe.rate))
     if window is not None:
-        window.steers(session, pipe.worlds)
-        print("1 to 9: another world; up and down: strength; Esc: quit")
+        worlds = getattr(pipe, "worlds", ())
+        window.steers(session, worlds)
+        print(f"{'1 to 9: another world; ' if worlds else ''}up and down: strength; Esc: quit")
     if sys.stdin is not None and sys.stdin.isatty():
         print("type a prompt, or a strength from 0 to 1, and press Enter to change it")
         Thread(target=hear, args=(sys.stdin, session), name="millstream-terminal", daemon=True).start()

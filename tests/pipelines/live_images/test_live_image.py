@@ -17,6 +17,7 @@ from millstream.streaming import Chunk, EndOfStream
 from millstream.streaming.graphs import Recordings
 
 SIZE = (64, 64)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -250,7 +251,7 @@ def test_the_text_keys_leave_the_pipeline_as_it_was(stable_diffusion: StableDiff
         torch.testing.assert_close(live.network(x, when, told), stable_diffusion.unet(x, when, text).sample)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param("default", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("compiled", [False, pytest.param("default", marks=[pytest.mark.gpu, needs_cuda])])
 def test_joined_projections_draw_the_same(
     stable_diffusion: StableDiffusionImg2ImgPipeline, compiled: str | bool
 ) -> None:
