@@ -1,6 +1,7 @@
 """Everything that lives across time: chunks, controls, sessions, mailboxes, sources, sinks, metrics. Knows no model."""
 
 from .fit import fit
+from .image_control import ImageControl
 from .jitter import JitterBuffer, Playout
 from .kv_cache import KVCache
 from .live import live
@@ -37,6 +38,7 @@ __all__ = [
     "Control",
     "EndOfStream",
     "Frame",
+    "ImageControl",
     "JitterBuffer",
     "KVCache",
     "Latest",

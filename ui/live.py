@@ -17,6 +17,7 @@ from .world import scale_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..pipelines.live_image import LiveImagePipeline
     from ..pipelines.video import VideoPipeline
     from ..pipelines.world import WorldPipeline
     from ..streaming import Chunk, Frame, Session, VideoFile
@@ -74,7 +75,7 @@ def _asked(words: str) -> dict[str, Any]:
 
 
 def translate(
-    pipe: WorldPipeline | VideoPipeline,
+    pipe: WorldPipeline | VideoPipeline | LiveImagePipeline,
     video: VideoFile,
     session: Session,
     path: Path,
@@ -83,7 +84,7 @@ def translate(
 ) -> None:
     """Redraw `video` into the mp4 at `path`, as fast as the machine can, and say how it went.
 
-    Nothing is dropped for being late: the video is read at the rate of the model, so the same seed gives the same file.
+    Nothing is dropped for being late: the video is read at the pipeline's rate, so the same seed gives the same file.
     Interrupted, the file holds what was drawn until then.
 
     Args:

@@ -31,7 +31,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora", type=Path, help="an adapter to merge into them")
     group.add_argument("--decoder", type=Path, help="TAEHV weights (taew2_1.pth) to decode with")
     group.add_argument("--size", type=video_size, metavar="HxW", help="of the pictures (default: the model's own)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on CUDA, else float32)")
+    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: 16 bits on CUDA, else float32)")
 
 
 def video_size(text: str) -> tuple[int, int]:

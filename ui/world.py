@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -24,9 +25,13 @@ VIDEO_SCALE = 4  # recordings of worlds are enlarged, since players blur a thumb
 THUMBNAIL = 240  # pixels of height below which a picture is one
 
 
-def shipped_models() -> dict[str, Path]:
-    """Name -> folder of each model that comes with the package."""
-    return {index.parent.name: index.parent for index in sorted(ASSETS.glob("*/model_index.json"))}
+def shipped_models(kind: str | None = "WorldPipeline") -> dict[str, Path]:
+    """Name -> folder of each model of one kind that comes with the package; None: of every kind."""
+    return {
+        index.parent.name: index.parent
+        for index in sorted(ASSETS.glob("*/model_index.json"))
+        if kind is None or json.loads(index.read_text(encoding="utf-8"))["_class_name"] == kind
+    }
 
 
 def load_world(name: str, device: str = "auto", preset: str | None = None) -> WorldPipeline:

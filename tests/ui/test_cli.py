@@ -185,3 +185,16 @@ def test_ctrl_c_leaves_a_playable_recording(
     out, err = capsys.readouterr()
     assert "walk.mp4: 10 frames" in out
     assert err.endswith("millstream: interrupted\n")
+
+
+def test_only_worlds_are_offered_as_worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from millstream.ui import world
+
+    for name, kind in (("meadow", "WorldPipeline"), ("emoji", "ImagePipeline")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    monkeypatch.setattr(world, "ASSETS", tmp_path)
+    assert list(world.shipped_models()) == ["meadow"]
+    assert list(world.shipped_models(kind=None)) == ["emoji", "meadow"]
+    with pytest.raises(FileNotFoundError, match="give one of meadow, or"):
+        world.load_world("nowhere")
