@@ -175,7 +175,7 @@ class SpeechTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         """
         latents = previous[..., None, None]
         texts: list[tuple[Tensor, ...]] = [()] * self.config["layers"]
-        window = self.window if cache is None else None
+        window = self.window if cache is None else None  # streams see what the cache holds
         given = {"actions": actions, "text_keys": texts, "window": window, "mask": mask, "cache": cache}
         out = self.backbone(latents, 1000 * sigma, return_dict=False, **given)[0]
         return out.flatten(2).transpose(1, 2)

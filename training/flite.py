@@ -17,7 +17,7 @@ from ..models.phonemes import token
 
 VOICES = {"slt": "cmu_us_slt", "rms": "cmu_us_rms", "awb": "cmu_us_awb", "kal": "cmu_us_kal16"}
 SAMPLE_RATE = 16000
-VOWELS = frozenset("aa ae ah ao aw ax ay eh er ey ih iy ow oy uh uw".split())
+VOWELS = frozenset(["aa", "ae", "ah", "ao", "aw", "ax", "ay", "eh", "er", "ey", "ih", "iy", "ow", "oy", "uh", "uw"])
 _WORD = b"R:SylStructure.parent.parent"
 _STRESS = b"R:SylStructure.parent.stress"
 

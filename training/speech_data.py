@@ -105,7 +105,9 @@ class Speech:
         """Read what `collect` wrote. Raises FileNotFoundError with the command that makes it."""
         paths = sorted(folder.glob("*.safetensors"))
         if not paths:
-            raise FileNotFoundError(f"{folder} holds no speech; make it with: millstream train speech-data --out {folder}")
+            raise FileNotFoundError(
+                f"{folder} holds no speech; make it with: millstream train speech-data --out {folder}"
+            )
         samples, tokens, ends, natural, voices, starts = [], [], [], [], [], [0]
         for path in paths:
             with safe_open(path, "pt") as file:
@@ -125,7 +127,9 @@ class Speech:
         )
 
     def to(self, device: torch.device) -> Speech:
-        moved = (getattr(self, name).to(device) for name in ("samples", "tokens", "ends", "natural", "shards", "voices"))
+        moved = (
+            getattr(self, name).to(device) for name in ("samples", "tokens", "ends", "natural", "shards", "voices")
+        )
         return Speech(*moved, self.names)
 
 

@@ -10,15 +10,34 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..models.reading import number_words
+
 WORDNET = Path("/usr/share/wordnet")
 HELD_OUT = 0.02  # share of the sentences that training never hears
-_ASKS = frozenset("who what when where why how which is are was were do does did can could will would shall".split())
-_PLAIN = re.compile(r"[A-Za-z',;\-.!? ]+")
-_ONES = (
-    *("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()),
-    *("sixteen seventeen eighteen nineteen".split()),
+_ASKS = frozenset(
+    [
+        "who",
+        "what",
+        "when",
+        "where",
+        "why",
+        "how",
+        "which",
+        "is",
+        "are",
+        "was",
+        "were",
+        "do",
+        "does",
+        "did",
+        "can",
+        "could",
+        "will",
+        "would",
+        "shall",
+    ]
 )
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_PLAIN = re.compile(r"[A-Za-z',;\-.!? ]+")
 
 
 def read_sentences(source: Path = WORDNET) -> list[str]:
@@ -33,7 +52,9 @@ def read_sentences(source: Path = WORDNET) -> list[str]:
     for part in ("noun", "verb", "adj", "adv"):
         path = source / f"data.{part}"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; install Debian's wordnet-base, or give a file of sentences")
+            raise FileNotFoundError(
+                f"{path} does not exist; install Debian's wordnet-base, or give a file of sentences"
+            )
         for line in path.read_text(encoding="latin-1").splitlines():
             if not line.startswith("  "):
                 found.update(re.findall(r'"([^"]+)"', line.split("|", 1)[1]))
@@ -66,26 +87,28 @@ def words(text: str) -> list[str]:
     return re.sub(r"[^a-z' ]+", " ", text.lower().replace("-", " ")).split()
 
 
-def number(value: int) -> str:
-    """0 to 999,999 in words."""
-    if value < 20:
-        return _ONES[value]
-    if value < 100:
-        return _TENS[value // 10 - 2] + (" " + _ONES[value % 10] if value % 10 else "")
-    unit, name = (100, "hundred") if value < 1000 else (1000, "thousand")
-    rest = f" {number(value % unit)}" if value % unit else ""
-    return f"{number(value // unit)} {name}{rest}"
-
-
 def spoken(sentence: str, vocabulary: Sequence[str], chance: random.Random) -> str:
     """What to say for a sentence: itself with an end, or at times a list of rare words or of numbers."""
     kind = chance.random()
     if kind < 0.06:
         return " ".join(chance.sample(vocabulary, chance.randint(3, 7))) + "."
     if kind < 0.11:
-        values = [number(int(10 ** chance.uniform(0, 6)) - 1) for _ in range(chance.randint(1, 4))]
+        values = [number_words(int(10 ** chance.uniform(0, 6)) - 1) for _ in range(chance.randint(1, 4))]
         return ", ".join(values) + "."
     asks = sentence.split()[0].lower() in _ASKS
     end = "" if sentence[-1] in ".!?" else "?" if asks else chance.choice("....!")
     text = sentence[0].upper() + sentence[1:] if chance.random() < 0.9 else sentence
     return text + end
+
+
+def read_words(source: Path = WORDNET) -> list[str]:
+    """Every single word that WordNet lists, lower case; or those in the lines of a text file."""
+    if source.is_file():
+        return sorted(set(words(source.read_text(encoding="utf-8"))))
+    found: set[str] = set()
+    for part in ("noun", "verb", "adj", "adv"):
+        for line in (source / f"index.{part}").read_text(encoding="latin-1").splitlines():
+            lemma = line.split(" ", 1)[0]
+            if re.fullmatch(r"[a-z]{2,24}", lemma):
+                found.add(lemma)
+    return sorted(found)
