@@ -89,7 +89,7 @@ class SpeechTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         phoneme_layers: int = 3,
         dim: int = 192,
         layers: int = 4,
-        ffn_dim: int = 448,
+        ffn_dim: int = 416,
         head_dim: int = 128,
         head_layers: int = 3,
         window: int = 64,

@@ -1,7 +1,8 @@
 """Flite (CMU, BSD-like licence) through ctypes: waveforms with the exact time of every sound, and its lexicon.
 
-Debian: `apt-get install libflite1`. Where that cannot be done, unpack the package's `libflite*.so.1` (and `libasound.so.2`)
-into a folder on LD_LIBRARY_PATH. Flite is needed to make the data and to measure, never to speak with the trained model.
+Debian: `apt-get install libflite1`. Where that cannot be done, unpack the package's `libflite*.so.1` (and
+`libasound.so.2`) into a folder on LD_LIBRARY_PATH. Flite makes the data and is measured against; the trained model
+speaks without it.
 """
 
 from __future__ import annotations
