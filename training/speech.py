@@ -123,7 +123,7 @@ class Windows:
             "length": length.unflatten(1, shape),
             "slots": self.lengths[shown],
             # the margins are seen without all of their neighbours
-            "natural": known & self.speech.natural[shown] & (shown >= first + MARGIN) & (shown <= sound[:, -1:]),
+            "natural": known & self.speech.natural[shown] & (shown >= sound[:, :1]) & (shown <= sound[:, -1:]),
         }
 
 

@@ -91,7 +91,7 @@ def spoken(sentence: str, vocabulary: Sequence[str], chance: random.Random) -> s
     """What to say for a sentence: itself with an end, or at times a list of rare words or of numbers."""
     kind = chance.random()
     if kind < 0.06:
-        return " ".join(chance.sample(vocabulary, chance.randint(3, 7))) + "."
+        return " ".join(chance.choices(vocabulary, k=chance.randint(3, 7))) + "."
     if kind < 0.11:
         values = [number_words(int(10 ** chance.uniform(0, 6)) - 1) for _ in range(chance.randint(1, 4))]
         return ", ".join(values) + "."
