@@ -6,12 +6,17 @@ channels (Improved RVQGAN, arXiv:2306.06546): that keeps every code in use and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class QuantizerLevel(nn.Module):
+    codes: Tensor
+
     def __init__(self, channels: int, codebook_size: int, codebook_channels: int) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(channels, codebook_channels), nn.Linear(codebook_channels, channels)
@@ -44,23 +49,26 @@ class ResidualQuantizer(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(QuantizerLevel(channels, codebook_size, codebook_channels) for _ in range(levels))
 
+    def _levels(self) -> Sequence[QuantizerLevel]:
+        return cast("Sequence[QuantizerLevel]", self.levels)
+
     def encode(self, latents: Tensor) -> Tensor:
         left, found = latents.transpose(1, 2), []
-        for level in self.levels:
+        for level in self._levels():
             found.append(level.nearest(left))
             left = left - level.embed(found[-1])
         return torch.stack(found, dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes [B, q, T] of the first q levels."""
-        parts = [level.embed(code) for level, code in zip(self.levels, codes.unbind(1))]
+        parts = [level.embed(code) for level, code in zip(self._levels(), codes.unbind(1))]
         return torch.stack(parts).sum(0).transpose(1, 2)
 
     def forward(self, latents: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """For training: latents through the first `used` [B] levels, gradients straight through, and the loss."""
         x = latents.transpose(1, 2).float()
         drawn, loss = torch.zeros_like(x), x.new_zeros(())
-        for number, level in enumerate(self.levels):
+        for number, level in enumerate(self._levels()):
             made, wrong = level(x - drawn.detach())
             on = (number < used)[:, None, None]
             drawn = drawn + made * on

@@ -119,7 +119,8 @@ class SpeechTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             action_dim=dim,
             cross_attention_layers=(),
         )
-        self.backbone.condition_embedder.text_embedder = nn.Identity()  # there is no prompt to attend to
+        # There is no prompt to attend to.
+        self.backbone.condition_embedder.text_embedder = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
         self.head = FlowHead(latent_channels, dim, head_dim, head_layers)
 
     @property

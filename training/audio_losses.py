@@ -57,6 +57,8 @@ class JudgeConv(nn.Conv2d):
 class ScaleJudge(nn.Module):
     """A convolutional network on one complex spectrogram (MS-STFT discriminator of EnCodec, arXiv:2210.13438)."""
 
+    window: Tensor
+
     def __init__(self, fft: int, width: int) -> None:
         super().__init__()
         self.fft = fft

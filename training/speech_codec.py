@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,8 @@ class AudioCodecObjective(nn.Module):
         adversarial: weight of the judge, 0 for none; it comes in slowly from step `starts` on.
     """
 
+    steps: Tensor
+
     def __init__(self, codec: AudioCodec, adversarial: float = 1.0, starts: int = 500) -> None:
         super().__init__()
         self.codec, self.adversarial, self.starts = codec, adversarial, starts
@@ -53,7 +56,7 @@ class AudioCodecObjective(nn.Module):
         loss = 15 * heard + (made - waveform).abs().mean() + code_loss + 1e-2 * size
         logs = {"mel": heard.detach(), "codes": code_loss.detach()}
         if self.judge is not None:
-            weight = self.adversarial * ((self.steps - self.starts) / max(1, self.starts)).clamp(0, 1)
+            weight = self.adversarial * torch.clamp((self.steps - self.starts) / max(1, self.starts), 0, 1)
             learn, fool, match = self.judge(made, waveform)
             loss = loss + learn + weight * (fool + 2 * match)
             logs["judge"] = learn.detach()
@@ -148,8 +151,9 @@ def train(
 
     Trainer(objective, budget, out, accelerator).fit(batch, title="speech codec")
     if accelerator.is_main_process:
-        plain = AudioCodec.from_config(codec.config).to(device).eval()  # without the compiled call: shapes differ now
+        plain: Any = AudioCodec.from_config(codec.config)  # without the compiled call: shapes differ now
         plain.load_state_dict(codec.state_dict())
+        plain.to(device).eval()
         measure_latents(plain, speech)
         plain.save_pretrained(out)
         print(f"mel distance: {report(plain, speech)}")
@@ -163,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (millstream train speech-data)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its checkpoint")
     parser.add_argument("--adversarial", type=float, default=1.0, help="weight of the judge, 0 for none (default: 1)")
-    add_budget(parser, minutes=5.0, batch_size=64, unit="clips of 1.28 s", rate=8e-4)
+    add_budget(parser, minutes=5.0, batch_size=64, unit="clips of 1.28 s", rate=6e-4)
     arguments = parser.parse_args(argv)
     budget = budget_from(arguments, weight_decay=0.0)
     set_seed(arguments.seed)

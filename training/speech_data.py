@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -120,17 +120,18 @@ class Speech:
             ends[-1][-1] = starts[-1] + length
             starts.append(starts[-1] + length)
         return cls(
-            *(torch.cat(parts) for parts in (samples, tokens, ends, natural)),
+            torch.cat(samples),
+            torch.cat(tokens),
+            torch.cat(ends),
+            torch.cat(natural),
             torch.tensor(starts),
             torch.tensor(voices),
             tuple(VOICES),
         )
 
     def to(self, device: torch.device) -> Speech:
-        moved = (
-            getattr(self, name).to(device) for name in ("samples", "tokens", "ends", "natural", "shards", "voices")
-        )
-        return Speech(*moved, self.names)
+        names = ("samples", "tokens", "ends", "natural", "shards", "voices")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,12 +18,10 @@ from ..models.speech import SpeechTransformer
 from ..pipelines.speech_draw import SpeechParts
 from ..samplers import FlowSampler
 
-FOLDERS = SpeechParts("transformer", "codec", "pronouncer", "scheduler")  # pyright: ignore[reportArgumentType]
-
 
 def pack(parts: SpeechParts, out: Path) -> int:
     """Save every part below `out`; returns the bytes of all weights."""
-    for name, part in zip(FOLDERS[:3], parts[:3]):
+    for name, part in zip(SpeechParts._fields, parts[:3]):
         part.save_packed(out / name)
     parts.scheduler.save_pretrained(out / "scheduler")
     return sum(file.stat().st_size for file in out.rglob("*.safetensors"))
@@ -30,11 +29,12 @@ def pack(parts: SpeechParts, out: Path) -> int:
 
 def load_parts(folder: Path) -> SpeechParts:
     """The models below a packed folder, float32."""
+    sampler: Any = FlowSampler.from_pretrained(folder / "scheduler")
     return SpeechParts(
         SpeechTransformer.from_pretrained(folder / "transformer").eval(),
         AudioCodec.from_pretrained(folder / "codec").eval(),
         Pronouncer.from_pretrained(folder / "pronouncer").eval(),
-        FlowSampler.from_pretrained(folder / "scheduler"),
+        sampler,
     )
 
 
