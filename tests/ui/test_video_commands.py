@@ -128,7 +128,7 @@ def test_live_shows_a_video_model_in_step_with_its_source(folder, tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what is seen with --prompt"),
+        ([], "say what to draw with --prompt"),
         (["--prompt", "a fox", "--stream-batch"], "--stream-batch is for worlds"),
         (["--prompt", "a fox", "--steps", "3"], "--steps is for worlds"),
         (["--prompt", "a fox", "--recipe", "krae"], "there is no recipe 'krae'"),
