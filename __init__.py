@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipelines.image import ImagePipeline
+    from .pipelines.live_image import LiveImagePipeline
     from .pipelines.video import VideoPipeline
     from .pipelines.world import WorldPipeline
     from .streaming import (
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         Chunk,
         Control,
         Frame,
+        ImageControl,
         Recorder,
         Session,
         SpeechControl,
@@ -34,7 +36,9 @@ __all__ = [
     "Chunk",
     "Control",
     "Frame",
+    "ImageControl",
     "ImagePipeline",
+    "LiveImagePipeline",
     "Recorder",
     "Session",
     "SpeechControl",
@@ -49,6 +53,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "ImagePipeline": ".pipelines.image",
+    "LiveImagePipeline": ".pipelines.live_image",
     "VideoPipeline": ".pipelines.video",
     "Window": ".ui.window",
     "WorldPipeline": ".pipelines.world",

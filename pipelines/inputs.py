@@ -7,13 +7,14 @@ are best left on the CPU, where cameras put them; there it costs no waiting for 
 from __future__ import annotations
 
 import json
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels import philox_uniform
-from ..streaming import WorldControl
+from ..streaming import Control, WorldControl
 from ..streaming.snapshot import control_fields
 from .world_state import WorldState
 
@@ -21,6 +22,24 @@ MOST_SKIPPED = 10  # pictures in a row: a picture that changes very slowly must 
 SKIP_NOISE = 1 << 21  # the noise step of the similarity filter; the sampler's steps count from 0
 FULL_MOTION = 0.1  # root mean square of the difference; StreamDiffusionV2's 0.2 is for pictures in [-1, 1]
 NEW_MOTION = 0.9  # weight of the newest motion against what was remembered
+
+
+class Watching(Protocol):
+    """What a stream keeps for the similarity filter; see `WorldState`."""
+
+    seed: int
+    inputs: int
+    skipped: int
+    wish: str
+    seen: Tensor | None
+    picture: Tensor | None
+
+
+class Skipping(Protocol):
+    """A control that has the filter's threshold."""
+
+    @property
+    def skip_similar(self) -> float | None: ...
 
 
 def likeness(picture: Tensor, last: Tensor) -> float:
@@ -47,7 +66,7 @@ def motion(picture: Tensor, last: Tensor, remembered: float) -> float:
     return NEW_MOTION * min(1.0, difference / FULL_MOTION) + (1 - NEW_MOTION) * remembered
 
 
-def leaves_out(state: WorldState, control: WorldControl, picture: Tensor) -> bool:
+def leaves_out(state: Watching, control: Skipping, picture: Tensor) -> bool:
     """Whether the similarity filter skips this picture: by chance, but by the stream's own seed.
 
     Never when the control has changed, nor more than `MOST_SKIPPED` times in a row.
@@ -73,13 +92,19 @@ def strength_for(state: WorldState, control: WorldControl, picture: Tensor) -> f
         state.motion = motion(picture, state.seen, state.motion)
     else:
         state.motion = 0.0
-    compared = control.follow_motion > 0 or control.skip_similar is not None
-    state.seen = picture.clone() if compared else None
-    state.wish = wish(control) if control.skip_similar is not None else ""
+    look_at(state, control, picture, always=control.follow_motion > 0)
     return control.strength * (1 - control.follow_motion * state.motion)
 
 
-def wish(control: WorldControl) -> str:
+def look_at(state: Watching, control: Skipping, picture: Tensor, *, always: bool = False) -> None:
+    """Remember the picture that is drawn, and what was asked for, if the next is to be compared with it."""
+    compared = always or control.skip_similar is not None
+    state.seen = picture.clone() if compared else None
+    state.wish = wish(control) if control.skip_similar is not None else ""
+
+
+def wish(control: Skipping) -> str:
     """What a control asks for, without its version and the movement that one step uses up."""
+    assert isinstance(control, Control), "what is steered is a control"
     asked = control_fields(control)
     return json.dumps({name: asked[name] for name in asked.keys() - {"version", "mouse"}}, sort_keys=True)

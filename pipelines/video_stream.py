@@ -170,6 +170,11 @@ class VideoStreamer(VideoDrawer):
         state.fastest = 0.0
         return latents[:, :size]
 
+    @property
+    def pictures_per_chunk(self) -> int:
+        """Pictures of an input that a chunk takes; the first chunk of a stream takes `PICTURES_PER_LATENT` - 1 less."""
+        return PICTURES_PER_LATENT * self.recipe.chunk
+
     def shown(self, state: VideoState, done: Finished, when: float) -> Chunk:
         """A finished chunk, decoded, on the caller's CUDA stream where chunks are drawn on another."""
         latents = done.latents

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..kernels import attend, shift_frames
+from ..kernels import BlockPlan, attend, shift_frames
 from ..kernels.planners import FlashBlock
 
 if TYPE_CHECKING:
@@ -179,8 +179,10 @@ class KVChunk:
         hides_none = self.cache.spare == 0 or max(ends) <= self.cache.window.frames
         return None if same_fill and hides_none else self._visible_slots()
 
-    def _visible_slots(self) -> Tensor:
-        """Bool [B, 1, 1, K]: which slots hold a frame that this chunk may see."""
+    @cached_property
+    def slot_frames(self) -> Tensor:
+        """int64 [B, frames attended to]: which frame of the stream each place of the ring holds, -1 where it holds none
+        that this chunk may see."""
         window, ring = self.cache.window, self.cache.ring
         end = self.positions[:, -1:]
         slot = torch.arange(self._length, device=self.cache.device)[None]
@@ -188,8 +190,11 @@ class KVChunk:
         frame = torch.where(slot < window.sinks, slot, newest)
         recent = frame > end - (window.frames - window.sinks)
         visible = (frame <= end) & (recent | (slot < window.sinks)) & (frame >= slot.clamp_max(window.sinks))
-        spread = visible[..., None].expand(-1, -1, self.cache.tokens_per_frame)
-        return spread.flatten(1)[:, None, None]
+        return torch.where(visible, frame, -1)
+
+    def _visible_slots(self) -> Tensor:
+        """Bool [B, 1, 1, K]: which slots hold a frame that this chunk may see."""
+        return (self.slot_frames >= 0).repeat_interleave(self.cache.tokens_per_frame, 1)[:, None, None]
 
     def turn_sinks(self) -> None:
         """Sinks move by as much as the window has moved past them: sink i then stands at window start - sinks + i."""
@@ -217,11 +222,17 @@ class KVChunk:
                 self._views[layer] = view  # which the next pass finds as it will then be
         return view
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention [B, L, H, D] of the chunk's tokens to everything they may see; `k`, `v` as in `attend_view`."""
-        if self.reuse is None:
-            seen = self.attend_view(layer, k, v)
-            return attend(q, seen.k, seen.v, mask=seen.mask)
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: Callable[..., BlockPlan | None] | None = None
+    ) -> Tensor:
+        """Attention [B, L, H, D] of the chunk's tokens to everything they may see; `k`, `v` as in `attend_view`.
+
+        `plan` makes the plan of a layer from (layer, q, k, v, mask). Under a plan nothing is reused.
+        """
+        if self.reuse is None or plan is not None:
+            keys, values, mask = self.attend_view(layer, k, v)
+            blocks = None if plan is None else plan(layer, q, keys, values, mask)
+            return attend(q, keys, values, blocks, mask=None if blocks is not None else mask)
         outside = self.outside(layer) if self.first else []
         return self.reuse.attend(layer, q, (k, v), outside, first=self.first)
 

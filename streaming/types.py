@@ -124,12 +124,12 @@ class WorldControl(Control):
         if not isinstance(self.guidance_scale, (int, float)) or not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale must be a number from 0 to 100, got {self.guidance_scale!r}")
         if self.strength is not None:
-            _check_strength(self.strength)
+            check_strength(self.strength)
         if not isinstance(self.stream_batch, bool):
             raise TypeError(f"stream_batch must be True or False, got {self.stream_batch!r}")
-        if self.skip_similar is not None and not _lies_between(0, self.skip_similar, 1):
+        if self.skip_similar is not None and not lies_between(0, self.skip_similar, 1):
             raise ValueError(f"skip_similar must be a likeness from 0 to 1, or None, got {self.skip_similar!r}")
-        if not _lies_between(0, self.follow_motion, 0.9):
+        if not lies_between(0, self.follow_motion, 0.9):
             raise ValueError(f"follow_motion must be a number from 0 to 0.9, got {self.follow_motion!r}")
         object.__setattr__(self, "keys", _key_codes(self.keys))
         object.__setattr__(self, "mouse", _movement(self.mouse))
@@ -142,14 +142,14 @@ class WorldControl(Control):
         return replace(self, mouse=(0.0, 0.0))
 
 
-def _check_strength(strength: float) -> None:
+def check_strength(strength: float) -> None:
     if not isinstance(strength, (int, float)):
         raise TypeError(f"strength must be a number between 0 and 1, got {strength!r}")
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must be between 0 (keep the input) and 1 (ignore it), got {strength}")
 
 
-def _lies_between(low: float, value: object, high: float) -> bool:
+def lies_between(low: float, value: object, high: float) -> bool:
     return isinstance(value, (int, float)) and low <= value <= high
 
 
@@ -181,7 +181,7 @@ class VideoControl(Control):
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
-        _check_strength(self.strength)
+        check_strength(self.strength)
         if self.switch not in ("keep", "recache", "lerp", "cut"):
             raise ValueError(f"switch must be keep, recache, lerp or cut, got {self.switch!r}")
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention import BlockPlan, attend, merge
-from .scores import block_scores, top_k
+from .scores import block_scores
 
 
 class FlashBlock:
@@ -76,8 +76,8 @@ class SparseD:
             return None
         if layer not in self._plans:
             scores = block_scores(q, k, (self.block, self.block))
-            count = max(1, round(self.select * scores.shape[-1]))
-            self._plans[layer] = BlockPlan.of(top_k(scores, count), (self.block, self.block), k.shape[1], width=count)
+            count = round(self.select * scores.shape[-1])
+            self._plans[layer] = BlockPlan.best(scores, count, (self.block, self.block), k.shape[1])
         return self._plans[layer]
 
 

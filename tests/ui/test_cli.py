@@ -36,6 +36,17 @@ def test_run_writes_the_walk_that_the_keys_describe(world, tmp_path: Path, capsy
     assert "nearest world" not in err
 
 
+def test_run_under_a_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "a brick corridor", "--frames", "2", "--device", "cpu", "-o"]
+    assert cli.main([*words, "all.mp4"]) == 0
+    assert cli.main([*words, "near.mp4", "--attention", "window(1,1,1)"]) == 0
+    assert abs(colours(tmp_path / "all.mp4") - colours(tmp_path / "near.mp4")).max() > 1e-3
+    capsys.readouterr()
+    assert cli.main([*words, "wrong.mp4", "--attention", "windows(1,1,1)"]) == 2
+    assert 'attention must be like "window(3, 24, 24)"' in capsys.readouterr().err
+
+
 def test_run_length_in_seconds(world, tmp_path: Path) -> None:
     assert cli.main(["run", "a brick corridor", "--seconds", "2"]) == 0
     assert len(colours(tmp_path / "walk.mp4")) == 35
@@ -174,3 +185,16 @@ def test_ctrl_c_leaves_a_playable_recording(
     out, err = capsys.readouterr()
     assert "walk.mp4: 10 frames" in out
     assert err.endswith("millstream: interrupted\n")
+
+
+def test_only_worlds_are_offered_as_worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from millstream.ui import world
+
+    for name, kind in (("meadow", "WorldPipeline"), ("emoji", "ImagePipeline")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    monkeypatch.setattr(world, "ASSETS", tmp_path)
+    assert list(world.shipped_models()) == ["meadow"]
+    assert list(world.shipped_models(kind=None)) == ["emoji", "meadow"]
+    with pytest.raises(FileNotFoundError, match="give one of meadow, or"):
+        world.load_world("nowhere")

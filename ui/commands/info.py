@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = describe(arguments)
         print(json.dumps(report, indent=2) if arguments.json else describe_as_text(report))
         return 0
-    models = {name: measure(folder) for name, folder in shipped_models().items()}
+    models = {name: measure(folder) for name, folder in shipped_models(kind=None).items()}
     report = {"machine": machine(), "versions": versions(), "models": models}
     print(json.dumps(report, indent=2) if arguments.json else as_text(report))
     return 0
