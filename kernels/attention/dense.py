@@ -70,6 +70,8 @@ def _cudnn_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     18,720 keys), but PyTorch does not choose it by itself. It takes any strides, so no ring is copied for it."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return False
+    if torch.compiler.is_compiling():  # whose graph cannot hold the questions below
+        return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
     last = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
