@@ -27,8 +27,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan
-from stream_measures import Clock, kernels, median, memory, on_host, stepped, summary, until_first
-from stream_peers import chunked_clip, one_pass, whole_clip
+from stream_measures import Clock, kernels, memory, on_host, stepped, summary, until_first
+from stream_peers import chunked_clip, decoders, encoder, one_pass, whole_clip
 from variants import measure_all, publish
 
 import millstream as ms
@@ -202,9 +202,8 @@ class Bench:
             steps = [stepped(session, device) for _ in range(count or (20 if self.quick else 50))]
             after = memory(device)
             report |= summary(steps) | after
-            report["allocations_while_steady"] = sum(
-                m.get("device_allocations", 0) * s for m, s in ((after, 1), (before, -1))
-            )
+            grown = after.get("device_allocations", 0) - before.get("device_allocations", 0)
+            report["allocations_while_steady"] = grown
             session.steer(prompt=PROMPTS[1], switch="recache")
             report["prompt_switch"] = 1e3 * stepped(session, device)[0]
             if not beside:
@@ -254,36 +253,12 @@ class Bench:
 
     @torch.no_grad()
     def decoder(self) -> dict[str, Any]:
-        """Each decoder alone, per chunk of 3 latent frames, and diffusers' own on the same latents."""
-        report = {}
-        for name in ("full", "tiny"):
-            pipe = self.pipe(RECIPES["longlive"], "exact", name == "tiny")
-            channels, height, width = pipe.latent_size
-            latents = torch.randn(1, channels, 3, height, width, device=self.device)
-            state = pipe.codec.begin(*self.size)
-            with pipe._fastest():
-                for _ in range(3):
-                    pipe.codec.decode(latents, state)
-                report[name] = median(lambda: pipe.codec.decode(latents, state), self.device, 5)  # noqa: B023
-                if name == "full":
-                    whole = latents.to(self.dtype)
-                    pipe.vae.decode(whole)
-                    report["diffusers, 3 frames from the first on"] = median(
-                        lambda: pipe.vae.decode(whole),
-                        self.device,
-                        3,  # noqa: B023
-                    )
-        return report
+        pipes = {name: self.pipe(RECIPES["longlive"], "exact", name == "tiny") for name in ("full", "tiny")}
+        return decoders(pipes, self.device)
 
     @torch.no_grad()
     def encoder(self) -> dict[str, Any]:
-        """The encoder alone, per chunk of 12 pictures."""
-        pipe = self.pipe(RECIPES["longlive"], "exact", True)
-        state = pipe._encoder.begin(*self.size)
-        pictures = torch.rand(1, 12, 3, *self.size, device=self.device)
-        pipe._encoder.encode(pictures[:, :1], state)
-        pipe._encoder.encode(pictures, state)
-        return {"12 pictures": median(lambda: pipe._encoder.encode(pictures, state), self.device, 5)}
+        return encoder(self.pipe(RECIPES["longlive"], "exact", True), self.device)
 
     @torch.no_grad()
     def one_pass(self, compiled: bool) -> dict[str, Any]:

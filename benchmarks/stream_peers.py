@@ -120,3 +120,28 @@ def clip(pipe: Any, model: Any, size: tuple[int, int], frames: int, settings: di
         wait(model.device)
         taken.append(time.perf_counter() - start)
     return {"frames_per_second": frames / taken[-1], "first_frame": 1e3 * taken[-1], "first_call": 1e3 * taken[0]}
+
+
+def decoders(pipes: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Milliseconds of each pipeline's decoder alone, per chunk of 3 latent frames, and of diffusers' on the same."""
+    report = {}
+    for name, pipe in pipes.items():
+        channels, height, width = pipe.latent_size
+        latents = torch.randn(1, channels, 3, height, width, device=device)
+        state, whole = pipe.codec.begin(*pipe.size), latents.to(pipe.vae.dtype)
+        with pipe._fastest():
+            for _ in range(2):
+                pipe.codec.decode(latents, state)
+            report[name] = median(lambda: pipe.codec.decode(latents, state), device, 5)  # noqa: B023
+            if name == "full":
+                call = lambda: pipe.vae.decode(whole)  # noqa: B023, E731
+                report["diffusers, 3 frames from the first on"] = repeated(call, device, 3)
+    return report
+
+
+def encoder(pipe: Any, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the encoder alone, per chunk of 12 pictures."""
+    state = pipe._encoder.begin(*pipe.size)
+    pictures = torch.rand(1, 12, 3, *pipe.size, device=device)
+    pipe._encoder.encode(pictures[:, :1], state)
+    return {"12 pictures": repeated(lambda: pipe._encoder.encode(pictures, state), device, 5)}
