@@ -158,8 +158,14 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
         )
     if bias is not None and bias.shape != values.shape[:1]:
         raise ValueError(f"bias must be [N] = [{values.shape[0]}], got {list(bias.shape)}")
-    rows = operators.quantize_rows(x.detach().reshape(-1, x.shape[-1]), values.dtype)
-    return operators.quantized_product(*rows, values, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # where calling an operator takes as long as it
+        rows = reference.quantize_rows_reference(flat, values.dtype)
+        out = reference.quantized_product_reference(*rows, values, scale, bias, x.dtype)
+    else:
+        rows = operators.quantize_rows(flat, values.dtype)
+        out = operators.quantized_product(*rows, values, scale, bias, x.dtype)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _choose(operator, in_pytorch, *tensors: Tensor | None):
