@@ -181,12 +181,14 @@ class Block(nn.Module):
         return norm_modulate(x, norm.bias[None, None], norm.weight[None, None] - 1, eps=norm.eps)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """`ffn`; on a GPU the activation is a part of the first product, or of the second one's quantisation."""
+        """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
         first, last = self.ffn.net[0].proj, self.ffn.net[2]  # pyright: ignore[reportAttributeAccessIssue]
         if in_one_kernel(x) and type(first) is type(last) is nn.Linear and x.dtype != torch.float32:
             flat = x.reshape(-1, x.shape[-1])
             hidden = torch._addmm_activation(first.bias, flat, first.weight.t(), use_gelu=True)
             return last(hidden).view(x.shape)
+        if type(last) is QuantizedLinear:
+            return last.after_gelu(first(x))
         return self.ffn(x)
 
     def lay_out_weights(self) -> None:

@@ -54,6 +54,10 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.quantized, self.bias)
 
+    def after_gelu(self, x: Tensor) -> Tensor:
+        """What the layer makes of GELU(x), by its tanh approximation."""
+        return quantized_linear(x, self.quantized, self.bias, gelu=True)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
 

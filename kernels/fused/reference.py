@@ -44,9 +44,9 @@ def gate_residual_reference(x_BLW: Tensor, y_BLW: Tensor, gate_BGW: Tensor) -> T
     return torch.addcmul(x, y.to(x.dtype), gate_BGW.to(x.dtype).unsqueeze(2)).flatten(1, 2).to(x_BLW.dtype)
 
 
-def quantize_rows_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values of `dtype` and scales float32 [..., 1], so that x is about values * scale."""
-    x = x.float()
+def quantize_rows_reference(x: Tensor, dtype: torch.dtype, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Values of `dtype` and scales float32 [..., 1], so that x, or GELU(x) by tanh, is about values * scale."""
+    x = torch.nn.functional.gelu(x.float(), approximate="tanh") if gelu else x.float()
     most = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     values = x * torch.full_like(most, LARGEST[dtype]).div(most)  # a number / a tensor would round twice
     values = values.round() if dtype == torch.int8 else values
