@@ -38,7 +38,7 @@ class Preset:
             frames or more), chosen by their means; 1 attends to all.
         long_window: frames.
         kv: what keys and values are kept in, with a scale per token and head; None keeps them as they are computed.
-        drop_text_encoder: let go of the text encoder once the first prompt is read.
+        text_on_host: the text encoder stays in the host's memory and reads prompts there, wherever the rest moves.
 
     Raises:
         ValueError: numbers that are not known, a share out of range.
@@ -53,7 +53,7 @@ class Preset:
     sparse: float = 1.0
     long_window: int = 21
     kv: Numbers | None = None
-    drop_text_encoder: bool = False
+    text_on_host: bool = False
 
     def __post_init__(self) -> None:
         for field in ("linears", "kv"):
@@ -125,6 +125,6 @@ def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel) -> None
 for each in (
     Preset("exact"),
     Preset("fast", linears="int8", reuse=2, least_window=4096),
-    Preset("small", linears="int8", all_linears=True, kv="int8", drop_text_encoder=True),
+    Preset("small", linears="int8", all_linears=True, kv="int8", text_on_host=True),
 ):
     add_preset(each)

@@ -70,7 +70,17 @@ def test_a_presets_plan_of_memory_is_what_it_takes(make, seeded, tmp_path):
             assert plans[preset].kv == pipe.arena.cache.bytes
     assert plans["small"].kv < 0.4 * plans["exact"].kv  # float32 here
     assert plans["small"].weights["transformer"] < 0.6 * plans["exact"].weights["transformer"]
-    assert plans["small"].weights["text_encoder"] < plans["exact"].weights["text_encoder"]
+    assert plans["small"].host["text_encoder"] < plans["exact"].weights["text_encoder"]
+    assert "text_encoder" not in plans["small"].weights
+    assert "text_encoder, on the host" in plans["small"].as_text()
+
+
+def test_the_text_encoder_of_small_stays_where_it_is_and_goes_on_reading(make, seeded):
+    pipe = make(preset="small").to("meta", torch.bfloat16)
+    assert pipe.text_encoder.device.type == "cpu"
+    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.transformer.device.type == "meta"
+    assert pipe.encode_prompt("a corgi surfs").isfinite().all()
 
 
 def test_a_pipeline_with_narrow_weights_is_not_saved(make, tmp_path):
