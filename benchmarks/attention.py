@@ -22,7 +22,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from attention_cases import DTYPE, Inputs, backends, clustered_inputs, plans, random_inputs, video_inputs, world_inputs
+from attention_cases import (
+    DTYPE,
+    Inputs,
+    backends,
+    clustered_inputs,
+    flex_runs,
+    plans,
+    random_inputs,
+    video_inputs,
+    world_inputs,
+)
 from attention_report import Report, plot
 from torch import Tensor
 
@@ -46,7 +56,7 @@ def median_ms(run: Callable[[], object], repeats: int, device: str) -> float:
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # The device waits a little, so that launching is not measured: in a stream it is done ahead, or by a graph.
-            torch.cuda._sleep(2_000_000)
+            torch.cuda._sleep(4_000_000)
             start.record()
             run()
             end.record()
@@ -87,6 +97,11 @@ def measure(
     return {"ms": ms, "plan_ms": 0.0, "density": 1.0, "tflops": flops(q, k) / ms / 1e9, "error": error}
 
 
+def measure_call(run: Callable[[], Tensor], repeats: int, device: str) -> dict:
+    """Time alone, of what says nothing about its error here."""
+    return {"ms": median_ms(run, repeats, device), "plan_ms": 0.0}
+
+
 def measure_plan(
     planner: Callable,
     options: dict,
@@ -105,7 +120,9 @@ def measure_plan(
     made = planner(q, k, v) is plan
     plan_ms = 0.0 if made else median_ms(lambda: planner(q, k, v), max(1, repeats // 2), device)
     speedup = dense_ms / (row["ms"] + plan_ms)
-    return row | {"plan_ms": plan_ms, "density": density, "tflops": row["tflops"] * density, "speedup": speedup}
+    row |= {"plan_ms": plan_ms, "density": density, "tflops": row["tflops"] * density, "speedup": speedup}
+    # Of the time that a plan saves, what is spent on making it; above 1 it saves nothing.
+    return row | ({"plan_share": plan_ms / (dense_ms - row["ms"])} if dense_ms > row["ms"] else {})
 
 
 def reuse(heads: int, dim: int, device: str, repeats: int, chunk: int, context: int) -> dict:
@@ -141,11 +158,13 @@ def few_queries(heads: int, dim: int, device: str, repeats: int, queries: int, k
 
 def tune(report: Report, heads: int, tokens: int) -> None:
     """Every tile size worth trying, dense and at 25 %, for head sizes 128 and 64."""
-    from attention_tune import candidates, run_candidate
+    from attention_tune import Candidate, candidates
 
-    for dim, block, density, config in candidates():
-        name = f"tune D {dim} block {block[0]}x{block[1]} {density:.0%} {config}"
-        report.add(name, partial(run_candidate, tokens, heads, dim, block, density, config, median_ms))
+    def run(candidate: Candidate) -> dict:
+        return candidate.run(tokens, heads, median_ms)
+
+    for candidate in candidates():
+        report.add(candidate.name, partial(run, candidate))
 
 
 # Planners that need no order of time among keys, for a ring has none.
@@ -193,11 +212,15 @@ def main() -> None:
     if options.tune:
         tune(report, heads, tokens)
         return
-    compare(report, grid, heads, options.dim, device, repeats, wanted)
     chunk = 3 * grid[1] * grid[2]
-    if not wanted:
-        report.add("reuse, 4 steps", lambda: reuse(heads, options.dim, device, repeats, chunk, 3 * chunk))
-        report.add("few queries", lambda: few_queries(heads, options.dim, device, repeats, chunk // 3, 4 * chunk))
+    shape = (heads, options.dim, device, repeats)
+    for name, run in (
+        ("reuse, 4 steps", lambda: reuse(*shape, chunk, 3 * chunk)),
+        ("few queries", lambda: few_queries(*shape, chunk // 3, 4 * chunk)),
+    ):
+        if not wanted or any(part in name for part in wanted):
+            report.add(name, run)
+    compare(report, grid, heads, options.dim, device, repeats, wanted)
     if options.world:
         report.add("world", lambda: compare_world(report, device))
     report.add("plot", lambda: plot(report.data["results"], options.out / "attention.png"))
@@ -232,6 +255,9 @@ def compare(
             if want(name) and (kind != "clustered" or "15 %" in name):
                 arguments = (planner, keywords, inputs, truth, rows, repeats, device, dense_ms)
                 report.add(name, partial(measure_plan, *arguments), kind)
+    q, k, v = kinds["video"][0]
+    for name, run in flex_runs(tokens, heads, device).items() if want("flex") else ():
+        report.add(name, partial(measure_call, partial(run, q, k, v), repeats, device), "video")
 
 
 if __name__ == "__main__":

@@ -122,18 +122,31 @@ def flex(visit: Tensor, block: int, tokens: int) -> Callable[[Tensor, Tensor, Te
     return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
 
-def chosen_blocks(density: float, heads: int, blocks: int, device: str) -> Tensor:
-    scores = torch.rand((1, heads, blocks, blocks), generator=torch.Generator(device).manual_seed(2), device=device)
-    return top_k(scores, max(1, round(density * blocks)))
+def chosen_blocks(density: float, heads: int, blocks: int, device: str, key_blocks: int = 0) -> Tensor:
+    key_blocks = key_blocks or blocks
+    scores = torch.rand((1, heads, blocks, key_blocks), generator=torch.Generator(device).manual_seed(2), device=device)
+    return top_k(scores, max(1, round(density * key_blocks)))
 
 
 def backends(tokens: int, heads: int, device: str) -> dict[str, Callable]:
     """name: (q, k, v) -> attention without a plan."""
     if device == "cpu":
         return {"dense: SDPA": attend}
-    runs = {"dense: cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "dense: flash": sdpa(SDPBackend.FLASH_ATTENTION)}
-    runs["flex 25 %"] = flex(chosen_blocks(0.25, heads, -(-tokens // 128), device), 128, tokens)
-    return runs
+    return {
+        "dense: cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "dense: flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "dense: attend": attend,
+        "dense: attend with LSE": lambda q, k, v: attend(q, k, v, return_lse=True)[0],
+    }
+
+
+def flex_runs(tokens: int, heads: int, device: str) -> dict[str, Callable]:
+    """FlexAttention over the blocks of the rows "kernel ..."; its compiler is slow, so these come last."""
+    blocks = -(-tokens // 128)
+    return {
+        f"flex {density:.0%}".replace("%", " %"): flex(chosen_blocks(density, heads, blocks, device), 128, tokens)
+        for density in (0.25, 0.1, 0.5, 1.0)
+    }
 
 
 def plans(grid: tuple[int, ...], heads: int, device: str) -> dict[str, tuple[Callable, dict]]:

@@ -1,7 +1,12 @@
-"""Results of a benchmark as they come: JSON after each, and error against speed-up in one plot."""
+"""Results of a benchmark as they come: JSON after each, and error against speed-up in one plot.
+
+python benchmarks/attention_report.py results/attention.json                           # the table and the plot
+python benchmarks/attention_report.py results/attention.json --docs docs/attention.md  # put into the guide
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import time
@@ -76,3 +81,52 @@ def plot(results: list[dict], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
+
+
+MARKS = ("<!-- measured -->", "<!-- /measured -->")
+
+
+def table(data: dict, kind: str = "video") -> str:
+    """The rows of one kind of input as a Markdown table, with FlexAttention's time where the blocks are the same."""
+    rows = [row for row in data["results"] if row["input"] == kind and "ms" in row]
+    flex = {row["name"].removeprefix("flex "): row["ms"] for row in rows if row["name"].startswith("flex")}
+    lines = [
+        "| | ms | plan ms | density | speed-up | error | FlexAttention ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if row["name"].startswith("flex"):
+            continue
+        other = flex.get(row["name"].removeprefix("kernel ")) if row["name"].startswith("kernel") else None
+        cells = [row["name"], f"{row['ms']:.2f}", f"{row['plan_ms']:.2f}", f"{row['density']:.0%}"]
+        cells += [f"{row['speedup']:.2f}" if "speedup" in row else "", f"{row['error']:.4f}"]
+        lines.append("| " + " | ".join([*cells, f"{other:.2f}" if other else ""]) + " |")
+    for row in data["results"]:
+        if row["name"].startswith(("reuse", "few queries")):
+            numbers = ", ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
+            lines.append(f"\n{row['name']}: {numbers}")
+    shape = data["shape"]
+    head = (
+        f"{data['machine']['device']}, torch {data['machine']['torch']}; {shape['tokens']:,} tokens, "
+        f"{shape['heads']} heads of {shape['dim']}; inputs smooth over the grid, like video:\n\n"
+    )
+    return head + "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--docs", type=Path, help=f"a guide with the lines {MARKS[0]} and {MARKS[1]} to write between")
+    options = parser.parse_args()
+    data = json.loads(options.json.read_text())
+    text = table(data)
+    print(text)
+    if options.docs:
+        before, rest = options.docs.read_text().split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        options.docs.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    plot(data["results"], options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,41 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from attention_cases import DTYPE, chosen_blocks
 
 from millstream.kernels import BlockPlan
 from millstream.kernels.attention.launch import Config, attend_blocks
+from millstream.kernels.attention.quantize import Quantize, quantize_attention
 from millstream.kernels.attention.sparse import operands
 
-
-def candidates() -> Iterator[tuple[int, tuple[int, int], float, Config]]:
-    """(head size, block, density, config), the likeliest first."""
-    for density in (1.0, 0.25):
-        for config in (
-            Config(128, 64, 8, 3),
-            Config(128, 64, 8, 2),
-            Config(128, 128, 8, 2),
-            Config(128, 64, 8, 4),
-            Config(128, 64, 4, 2),
-            Config(64, 64, 4, 2),
-            Config(64, 64, 4, 3),
-        ):
-            yield 128, (128, 128), density, config
-    for config in (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 8, 3)):
-        yield 128, (64, 64), 0.25, config
-    for config in (Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 128, 4, 3), Config(128, 64, 4, 3)):
-        yield 64, (128, 128), 1.0, config
+DENSITIES = (1.0, 0.25, 0.1)  # one compilation serves all
 
 
-def run_candidate(
-    tokens: int, heads: int, dim: int, block: tuple[int, int], density: float, config: Config, median_ms: Callable
-) -> dict:
-    generator = torch.Generator("cuda").manual_seed(6)
-    q, k, v = (torch.randn((1, tokens, heads, dim), generator=generator, device="cuda").to(DTYPE) for _ in range(3))
-    visit = chosen_blocks(density, heads, -(-tokens // block[0]), "cuda")
-    plan = BlockPlan.of(visit, block, tokens).trimmed()
-    given = operands(q, k, v, plan, None, dim**-0.5)
-    ms = median_ms(lambda: attend_blocks(*given, config=config), 7, "cuda")
-    return {"ms": ms, "tflops": 4.0 * tokens**2 * dim * heads * density / ms / 1e9}
+@dataclass(frozen=True)
+class Candidate:
+    """Tiles of `config` for a head size, the blocks of a plan and a precision."""
+
+    dim: int
+    block: tuple[int, int]
+    config: Config
+    quantize: Quantize | None = None
+
+    @property
+    def name(self) -> str:
+        config = self.config
+        tiles = f"{config.tile_q}x{config.tile_k}, {config.warps} warps, {config.stages} stages"
+        registers = f", {config.max_registers} registers" if config.max_registers else ""
+        kind = self.quantize or "bf16"
+        return f"D {self.dim}, blocks {self.block[0]}x{self.block[1]}, {kind}: tiles {tiles}{registers}"
+
+    def run(self, tokens: int, heads: int, median_ms: Callable, device: str = "cuda") -> dict:
+        """Milliseconds and TFLOP/s per density; quantising is not in them."""
+        generator = torch.Generator(device).manual_seed(6)
+        shape = (1, tokens, heads, self.dim)
+        q, k, v = (torch.randn(shape, generator=generator, device=device).to(DTYPE) for _ in range(3))
+        eight = None if self.quantize is None else quantize_attention(q, k, v, self.block, self.quantize)
+        q, k, v = (q, k, v) if eight is None else (eight.q, eight.k, eight.v)
+        row = {}
+        for density in DENSITIES:
+            visit = chosen_blocks(density, heads, -(-tokens // self.block[0]), device, -(-tokens // self.block[1]))
+            plan = BlockPlan.of(visit, self.block, tokens).trimmed()
+            given = operands(q, k, v, plan, None, self.dim**-0.5, eight, DTYPE)
+            ms = median_ms(lambda given=given: attend_blocks(*given, config=self.config), 5, device)
+            row[f"ms_{density:.0%}"] = ms
+            row[f"tflops_{density:.0%}"] = 4.0 * tokens**2 * self.dim * heads * plan.density() / ms / 1e9
+        return row
+
+
+def candidates() -> Iterator[Candidate]:
+    """The most telling first."""
+    wide, half = (128, 128), (128, 64)
+    yield Candidate(128, wide, Config(128, 64, 8, 3))
+    yield Candidate(128, wide, Config(128, 128, 8, 3), "fp8")
+    yield Candidate(128, wide, Config(64, 64, 4, 2))
+    yield Candidate(128, wide, Config(128, 64, 8, 4), "fp8")
+    yield Candidate(128, wide, Config(128, 128, 8, 2))
+    yield Candidate(64, wide, Config(128, 128, 8, 3))
+    yield Candidate(128, wide, Config(64, 128, 4, 2), "fp8")
+    yield Candidate(64, wide, Config(128, 64, 8, 3))
+    yield Candidate(128, (64, 64), Config(64, 64, 4, 2))
+    yield Candidate(128, wide, Config(128, 128, 8, 3), "int8")
+    yield Candidate(64, wide, Config(64, 128, 4, 3))
+    yield Candidate(128, wide, Config(64, 64, 4, 3), "fp8")
+    yield Candidate(128, half, Config(128, 64, 8, 3))
+    yield Candidate(128, wide, Config(128, 64, 8, 4))
+    yield Candidate(128, wide, Config(128, 64, 8, 2))
+    yield Candidate(128, (64, 64), Config(64, 64, 4, 3))
+    yield Candidate(128, wide, Config(128, 64, 8, 3), "int8")

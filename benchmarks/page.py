@@ -2,8 +2,11 @@
 
     python benchmarks/page.py                    20 seconds of each, headless Chromium, a model that does nothing
     python benchmarks/page.py --seconds 5
+    python benchmarks/page.py --model freedoom   the world that ships: how much of the model's speed reaches the canvas
 
 Chromium's fake camera gives 30 pictures a second; ages are those the page itself takes, when a frame is on the canvas.
+`model` is what the model did meanwhile, beside the browser: a step's median, and the frames per second that come of it.
+Where both share the cores, its step takes longer than alone. `cpu` is cores used, by the server and by the browser.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,16 +41,19 @@ LISTEN = """() => {
 }"""
 
 
-def serve_page(ready: Connection) -> None:
+def serve_page(ready: Connection, model: str | None) -> None:
     """The server's process."""
     import torch
 
     from millstream.ui.commands.serve import listen, make_server
     from millstream.ui.page import PageSettings
     from millstream.ui.server.app import create_app
+    from millstream.ui.world import load_world
 
-    torch.set_num_threads(1)
-    app = create_app(Mirror(RATE, SIZE), page=PageSettings(model="nothing"))
+    if model is None:
+        torch.set_num_threads(1)
+    pipe = Mirror(RATE, SIZE) if model is None else load_world(model)
+    app = create_app(pipe, page=PageSettings(model=model or "nothing"))
     listener = listen("127.0.0.1", 0)
     ready.send(listener.getsockname()[1])
     make_server(app, app.state.sessions, None).run(sockets=[listener])
@@ -77,29 +85,47 @@ def camera(page: Any, seconds: float) -> dict[str, Any]:
     return {"fps": round(len(seen["ages"]) / seen["seconds"], 1), "age_ms": summary(seen["ages"])}
 
 
-def play(page: Any, seconds: float) -> dict[str, Any]:
+def cores_used() -> dict[str, float]:
+    """Seconds of processor time so far: the server's, and the browser's."""
+    import psutil
+
+    used = {"server": 0.0, "browser": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            name, times = process.name(), process.cpu_times()
+            used["browser" if "chrom" in name else "server"] += times.user + times.system
+    return used
+
+
+def play(page: Any, seconds: float, keys: Sequence[str]) -> dict[str, Any]:
     """Frames per second, age since the step, and the time from a key to the first frame drawn under it."""
     page.click("#tab-play")
     page.click(".cover-button:text('Start')")
     page.wait_for_timeout(3000)
     page.evaluate(LISTEN)
+    before = cores_used()
     press = "(code) => document.querySelector('.ms').page.keys[code ? 'press' : 'releaseAll'](code)"
     for turn in range(int(seconds * 2)):
-        page.evaluate(press, f"Key{turn % KINDS}" if turn % 2 else None)
+        page.evaluate(press, keys[turn % len(keys)] if turn % 2 else None)
         page.wait_for_timeout(500)
     seen = page.evaluate("({ ...seen, seconds: (performance.now() - seen.start) / 1000 })")
-    answers = summary(seen["responses"])
+    status = page.evaluate("document.querySelector('.ms').page.live.status")
+    after, step = cores_used(), status["step_ms"]["p50"]
     return {
         "fps": round(len(seen["ages"]) / seen["seconds"], 1),
         "age_ms": summary(seen["ages"]),
-        "control_ms": answers,
+        "control_ms": summary(seen["responses"]),
+        "model": {"step_ms": step, "fps": round(1000 / step, 1), "server_fps": status["fps"]},
+        "dropped": status["dropped"],
+        "cpu": {name: round((after[name] - before[name]) / seen["seconds"], 2) for name in after},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0)
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--model", help="a world to play; default: one that does nothing, played and behind the camera")
+    asked = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
     from millstream.ui.machine import machine, versions
@@ -107,7 +133,7 @@ def main() -> None:
     browser = next(filter(None, map(shutil.which, CHROMIUM)), None) or sys.exit("there is no Chromium on this machine")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    server = context.Process(target=serve_page, args=(theirs,), daemon=True)
+    server = context.Process(target=serve_page, args=(theirs, asked.model), daemon=True)
     server.start()
     address = f"http://127.0.0.1:{ours.recv()}/"
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
@@ -120,7 +146,11 @@ def main() -> None:
         page.goto(address)
         page.wait_for_selector("[data-ready]")
         load = os.getloadavg()[0]
-        numbers = {"camera": camera(page, seconds), "play": play(page, seconds), "browser": chromium.version}
+        numbers = {"browser": chromium.version}
+        if asked.model is None:
+            numbers["camera"] = camera(page, asked.seconds)
+        keys = [f"Key{number}" for number in range(KINDS)] if asked.model is None else ["KeyW", "ArrowLeft"]
+        numbers["play"] = play(page, asked.seconds, keys)
         chromium.close()
     server.terminate()
     print(

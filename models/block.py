@@ -9,6 +9,7 @@ Where a gradient is wanted the operations are Wan's, one by one. A stream is dra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..kernels import apply_rotary, attend
+from ..kernels import BlockPlan, apply_rotary, attend
 from ..kernels.fused import gate_residual, norm_modulate, norm_rotary
 from ..streaming.kv_cache import KVChunk
 
@@ -31,7 +32,7 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 class Context(NamedTuple):
     """What every block of one pass shares: `grid` frames, rows and columns of tokens, and how many neighbouring tokens
     see each other whole where tokens are mixed linearly. `turn` is `rotary` as complex numbers [B, L, 1, d / 2], where
-    a stream has them ready."""
+    a stream has them ready. `plan` makes a layer's attention plan, as `attention_plans.PlannedMixin.planner` says."""
 
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | BlockMask | None
@@ -39,6 +40,7 @@ class Context(NamedTuple):
     grid: tuple[int, int, int]
     block: int
     turn: Tensor | None = None
+    plan: Callable[..., BlockPlan | None] | None = None
 
 
 class Fused(NamedTuple):
@@ -184,10 +186,11 @@ class Block(nn.Module):
         if self.mixer is not None:
             return self.attn1.out(self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context))
         q, k, v = self.attn1.rotated(x, context.rotary, context.turn)
-        mask, dtype = context.mask, v.dtype
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if context.cache is not None:
-            k, v, mask = context.cache.attend_view(layer, k, v)
-        return self.attn1.out(attend(q.to(dtype), k.to(dtype), v.to(dtype), mask=mask))
+            return self.attn1.out(context.cache.attend(layer, q, k, v, context.plan))
+        plan = None if context.plan is None else context.plan(layer, q, k, v, context.mask)
+        return self.attn1.out(attend(q, k, v, plan, mask=None if plan is not None else context.mask))
 
     def write_keys(self, x: Tensor, six: Six, layer: int, context: Context) -> None:
         """Write the keys of `x` into the cache and stop there: all that is wanted of the last block of a commit."""

@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
+from .attention_plans import PlannedMixin
 from .block import Block, Context, Six, modulated
 from .mixers import make_mixers
 from .packed import PackedModelMixin
@@ -47,7 +48,7 @@ class Condition(NamedTuple):
         return block.six(self.modulation) if self.blocks is None else self.blocks[layer]
 
 
-class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Wan's transformer (Wan 2.1, arXiv:2503.20314), bidirectional, block-causal or cached.
 
     Args (up to `pos_embed_seq_len`: as in diffusers' `WanTransformer3DModel`; the rest is keyword-only):
@@ -57,7 +58,8 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         cross_attention_layers: which blocks attend to the prompt; all of them by default.
         position_grid: (rows, columns) of tokens that get a learned absolute position, None for rotary positions alone.
         mixer: which layers attend linearly, and how: "softmax", "linear(sana)", "hybrid(sana, every=4)", or a name per
-            layer; see `millstream.models.mixers`. Streams of a model with linear layers need `mixers.make_cache`.
+            layer; see `mixers`. Streams of a model with linear layers need `mixers.make_cache`.
+        attention: the planner of softmax layers, "window(3, 24, 24)" (see `attention_plans`); None: everything is seen.
     """
 
     _supports_gradient_checkpointing = False
@@ -91,8 +93,10 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         cross_attention_layers: Sequence[int] | None = None,
         position_grid: tuple[int, int] | None = None,
         mixer: str | Sequence[str] = "softmax",
+        attention: str | None = None,
     ) -> None:
         super().__init__()
+        self.set_attention(attention)
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(
                 f"qk_norm must be 'rms_norm_across_heads', the only kind Wan checkpoints have; got {qk_norm!r}"
@@ -178,14 +182,15 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         x = self.embed(hidden_states)
         condition = timestep if isinstance(timestep, Condition) else self._condition(timestep, actions, x.dtype)
         linear = sum(block.mixer is not None for block in cast("Sequence[Block]", self.blocks))
-        if window is not None and mask is None and linear < len(self.blocks):
+        plan = self.planner((frames, height, width), window, cache, mask)
+        if plan is None and window is not None and mask is None and linear < len(self.blocks):
             mask = window.mask(frames, height * width, x.device)
         elif mask is not None and window is None and linear:
             raise ValueError("linear layers cannot read a mask; give the window it was made from as well")
         block_frames = frames if window is None else window.block
         rotary = self._rotary(frames, height, width, positions, cache)
         turn = self._turn(rotary, positions, cache)
-        context = Context(rotary, mask, cache, (frames, height, width), block_frames * height * width, turn)
+        context = Context(rotary, mask, cache, (frames, height, width), block_frames * height * width, turn, plan)
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             x = block(x, condition.six(layer, block), text_keys[layer], layer, context)
         x = self.proj_out(modulated(self.norm_out, x, *condition.head))
@@ -206,7 +211,8 @@ class CausalTransformer3DModel(PackedModelMixin, ModelMixin, ConfigMixin, PeftAd
         grid, last = self.grid(hidden_states), len(self.blocks) - 1
         positions = given.get("positions")
         rotary = self._rotary(*grid, positions, cache)
-        context = Context(rotary, None, cache, grid, math.prod(grid), self._turn(rotary, positions, cache))
+        turn, plan = self._turn(rotary, positions, cache), self.planner(grid, None, cache, None)
+        context = Context(rotary, None, cache, grid, math.prod(grid), turn, plan)
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             if layer == last:
                 block.write_keys(x, timestep.six(layer, block), layer, context)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..models.stream_codec import CodecState
 from ..models.transformer import CausalTransformer3DModel, TextKeys
 from ..streaming.graphs import Recordings
 from ..streaming.kv_cache import KVCache, Rows
@@ -21,16 +22,24 @@ class RowArena:
     Args:
         make_cache: a new cache of that many rows.
         transformer: makes prompt keys.
+        limit: recordings that are kept.
+
+    Attributes:
+        codecs: what decoders remember of the streams in these rows, by row: made once, as the cache is.
+        decodings: recorded decodes, apart from the other steps, since they may run beside them.
     """
 
-    def __init__(self, make_cache: Callable[[int], KVCache], transformer: CausalTransformer3DModel) -> None:
+    def __init__(
+        self, make_cache: Callable[[int], KVCache], transformer: CausalTransformer3DModel, *, limit: int = 24
+    ) -> None:
         self.make_cache, self.transformer = make_cache, transformer
         transformer.lay_out_weights()
         self.cache = make_cache(1)
         self.text: list[tuple[Tensor, ...]] = []
         self.silence: TextKeys | None = None  # keys of the empty prompt, once they are needed
         self.free = [0]
-        self.recordings = Recordings(self.cache.device)
+        self.codecs: dict[int, CodecState] = {}
+        self.recordings, self.decodings = (Recordings(self.cache.device, limit=limit) for _ in range(2))
 
     @property
     def device(self) -> torch.device:
@@ -38,7 +47,7 @@ class RowArena:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.cache.k.dtype
+        return self.cache.dtype
 
     @property
     def in_use(self) -> int:
@@ -66,6 +75,7 @@ class RowArena:
             self.cache.restore(row, old.snapshot(row))
         self.text = [tuple(torch.cat([part, part]) for part in layer) for layer in self.text]
         self.recordings.forget()
+        self.decodings.forget()
         self.free = list(range(count, 2 * count))
 
     def read_prompt(self, row: int, tokens: Tensor) -> None:

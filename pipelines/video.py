@@ -26,8 +26,10 @@ from ..models.transformer import CausalTransformer3DModel
 from ..models.wan_vae import WanDecoder, WanEncoder
 from ..streaming import Chunk, Frame, VideoControl
 from ..streaming.types import Leaves
+from .presets import Preset, find_preset
 from .recipes import Recipe, as_config, find_recipe
 from .timeline import Timeline
+from .video_ahead import AheadStreamer
 from .video_load import check_parts, load_components
 from .video_output import (
     OutputType,
@@ -39,13 +41,12 @@ from .video_output import (
     joined,
 )
 from .video_state import VideoState, to_leaves
-from .video_stream import VideoStreamer
 
-FIXED = ("recipe", "text_length")
+FIXED = ("recipe", "text_length", "preset")
 RATE = 16.0  # pictures per second, of every Wan model but the 5B one
 
 
-class VideoPipeline(VideoStreamer):
+class VideoPipeline(AheadStreamer):
     """Draws video chunk by chunk while words steer it.
 
     Args:
@@ -55,6 +56,7 @@ class VideoPipeline(VideoStreamer):
         size: (height, width) in pixels, multiples of 16 (32 for Wan 2.2's autoencoder).
         rate: pictures per second.
         text_length: tokens a prompt is cut or padded to.
+        preset: how exactly it draws: a `Preset`, or the name of one. It is applied to the weights that are given.
 
     Raises:
         ValueError: parts that do not belong together.
@@ -74,14 +76,17 @@ class VideoPipeline(VideoStreamer):
         size: Sequence[int] = (480, 832),
         rate: float = RATE,
         text_length: int = 512,
+        preset: Preset | str = "exact",
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, decoder=decoder
         )
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
+        self.preset = find_preset(preset)
         check_parts(transformer, vae, text_encoder)
-        self._arena = self._still = None
+        self._arena = self._still = self._beside = self._caller = None
+        self.overlap = False  # decode a chunk while the next is drawn: see `video_ahead`
         self._size = (0, 0)
         self._sharing = RLock()  # sessions may run on threads of their own, and share the arena and the codecs' scratch
         self._read: OrderedDict[str, Tensor] = OrderedDict()
@@ -241,24 +246,16 @@ class VideoPipeline(VideoStreamer):
                 drawn.append(self._advance(state, control, frame))
         return drawn
 
-    def _advance(self, state: VideoState, control: VideoControl, frame: Frame | None) -> list[Chunk]:
-        state.finished = [] if state.still is None else [state.still]
-        when = time.monotonic() if frame is None else frame.time
-        given = None if frame is None else self.take_in(state, frame.data)
-        if frame is not None and given is None:
-            return []
-        chunks = self.obey(state, control, when)
-        done = self.draw(state, given, control.strength, control.version)
-        return chunks + [self.shown(state, each, when) for each in done]
-
     @torch.no_grad()
     def flush(self, state: VideoState) -> Sequence[Chunk]:
         with self._sharing:
             state.finished = []
-            return [self.shown(state, each, time.monotonic()) for each in self.complete(state)]
+            with self.drawing():
+                chunks = self.settled(state)
+                return chunks + [self.shown(state, each, time.monotonic()) for each in self.complete(state)]
 
     def save(self, state: VideoState) -> Leaves:
-        with self._sharing:
+        with self._sharing, self.apart():
             return to_leaves(state, [self.arena.cache.snapshot(row) for row in state.rows])
 
     @torch.no_grad()
@@ -266,7 +263,8 @@ class VideoPipeline(VideoStreamer):
         with self._sharing:
             state = self.fresh(0)
             try:
-                self.put_back(state, leaves)
+                with self.apart():
+                    self.put_back(state, leaves)
             except BaseException:
                 self.end(state)
                 raise
@@ -274,5 +272,7 @@ class VideoPipeline(VideoStreamer):
 
     def end(self, state: VideoState) -> None:
         rows, state.rows = state.rows, []
+        if self._beside is not None:  # which may still write what is given back here
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
         for row in rows:
             self.arena.give_back(row)

@@ -1,89 +1,24 @@
-"""How a stream of video draws its next chunk: denoise, remember, decode, as a `Recipe` says.
+"""How a stream of video draws its next chunk, as a `Recipe` says: which passes of `video_passes`, in which order.
 
-Cut from `VideoPipeline`, which decides what is drawn for whom; here is only the network at work on the arena's rows.
 Latents are [B, C, F, h, w], float32; a chunk is F latent frames of one stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import RLock
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import philox_normal
-from ..models.mixers import make_cache
-from ..models.stream_codec import PICTURES_PER_LATENT, CodecState
-from ..models.tiny_vae import TinyVideoDecoder
-from ..models.transformer import CausalTransformer3DModel
-from ..models.wan_vae import AutoencoderKLWan, WanDecoder, WanEncoder
+from ..kernels.planners import FlashBlock
 from ..samplers import Renoise, Triangle, add_noise, integrate
-from ..streaming.kv_cache import KVCache, KVChunk
-from .recipes import Recipe
-from .rows import RowArena
-from .video_prompts import PromptReader
+from ..streaming.kv_cache import KVChunk
+from .video_passes import VideoPasses, numbers
 from .video_state import Finished, VideoState
 
-CONTEXT_NOISE = 1 << 20  # the noise step of the pass that remembers; sampler steps count from 0
 
-
-class VideoDrawer(PromptReader):
-    """The part of a video pipeline that runs the network."""
-
-    transformer: CausalTransformer3DModel
-    vae: AutoencoderKLWan
-    decoder: TinyVideoDecoder | None
-    recipe: Recipe
-    _size: tuple[int, int]
-    _arena: RowArena | None
-    _encoder: WanEncoder
-    _decoder: WanDecoder | TinyVideoDecoder
-    _still: CodecState | None  # an encoder's for single pictures
-    _sharing: RLock
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of its pictures in pixels; see `resize`."""
-        return self._size
-
-    @property
-    def arena(self) -> RowArena:
-        """Memory of the running streams."""
-        if self._arena is None:
-            self._arena = RowArena(self._make_cache, self.transformer)
-        return self._arena
-
-    @property
-    def latent_size(self) -> tuple[int, int, int]:
-        """C, h, w."""
-        pixels = self.vae.config["scale_factor_spatial"]
-        return self.vae.config["z_dim"], self.size[0] // pixels, self.size[1] // pixels
-
-    @property
-    def codec(self) -> WanDecoder | TinyVideoDecoder:
-        """What decodes."""
-        return self._decoder
-
-    def _make_cache(self, rows: int) -> KVCache:
-        return make_cache(self.transformer, **self.cache_shape(rows))
-
-    def cache_shape(self, rows: int) -> dict[str, Any]:
-        """Arguments of a `KVCache` with so many rows for pictures of the present size."""
-        config, recipe = self.transformer.config, self.recipe
-        _, patch_h, patch_w = config["patch_size"]
-        _, height, width = self.latent_size
-        return {
-            "layers": config["num_layers"],
-            "rows": rows,
-            "heads": config["num_attention_heads"],
-            "head_dim": config["attention_head_dim"],
-            "tokens_per_frame": (height // patch_h) * (width // patch_w),
-            "window": recipe.memory,
-            "position": recipe.position,
-            "spare": recipe.spare,
-        }
+class VideoDrawer(VideoPasses):
+    """The part of a video pipeline that follows the recipe's plan."""
 
     def draw(self, state: VideoState, given: Tensor | None, strength: float, version: int) -> list[Finished]:
         """Let a chunk begin, from noise or from `given` latents [C, F, h, w]; returns the chunks it finishes."""
@@ -129,21 +64,39 @@ class VideoDrawer(PromptReader):
         recipe = self.recipe
         if recipe.overlap and state.step + recipe.chunk > recipe.window:
             self.begin_anew(state)
-        x, _ = self._entering(state, given, strength)
+        sigmas = recipe.sigmas(1.0 if given is None else strength)
         chunk = self.arena.cache.open(state.rows, recipe.chunk)
-        x = integrate(
-            lambda x, sigma: self._flow(x, self._told(sigma), chunk),
-            x,
-            recipe.sigmas(1.0 if given is None else strength),
-            Renoise(),
-            noise=lambda step: self._noise(state, state.frame, recipe.chunk, step + 1),
-        )
+        x = self._drawn(state, None if given is None else given[None], sigmas, chunk)
         state.step += recipe.chunk
         # A memory that begins anew before the next chunk need not be written.
         if not recipe.overlap or state.step + recipe.chunk <= recipe.window:
             self._write(state, x, chunk)
         state.note(x[0])
         return x[0]
+
+    def _drawn(self, state: VideoState, given: Tensor | None, sigmas: Sequence[float], chunk: KVChunk) -> Tensor:
+        """A chunk [1, C, F, h, w] through all its levels, from noise or from `given`, which is noised to the first."""
+
+        def drawn(chunk: KVChunk, numbers: Tensor, *given: Tensor) -> Tensor:
+            count = chunk.num_frames
+            if len(sigmas) > 1:
+                self._prepare(sigmas[:-1], chunk)
+            reuse = FlashBlock() if self.preset.reuse else None
+
+            def denoise(x: Tensor, sigma: float) -> Tensor:
+                chunk.reuse, chunk.first = reuse, sigma == sigmas[0]
+                return self._flow(x, self._condition(sigma, chunk), chunk)
+
+            x = self._noise_of(numbers, count, 0)
+            x = add_noise(given[0], x, sigmas[0]) if given else x
+            noised = integrate(
+                denoise, x, sigmas, Renoise(), noise=lambda step: self._noise_of(numbers, count, step + 1)
+            )
+            chunk.reuse = None
+            return noised
+
+        inputs = [numbers(state)] + ([] if given is None else [given])
+        return self._run(("draw", tuple(sigmas)), drawn, chunk, inputs)
 
     def _triangle(self, state: VideoState, *, ends: bool) -> list[Finished]:
         """All chunks under way together: the passes until the next may enter, or until none is left."""
@@ -155,34 +108,38 @@ class VideoDrawer(PromptReader):
         begin = plan.start(state.step if ends else state.step - 1)
         done: list[Finished] = []
         for step in range(begin, plan.steps(frames) if ends else plan.start(state.step)):
-            assert state.flying is not None
             row = plan.row(step, frames if ends else None)
-            x, levels = state.flying[None], row.sigma_from[:: recipe.chunk]
-            flow = self._flow(x, 1000 * self._levels(row.sigma_from), self.arena.cache.open(state.rows, x.shape[2]))
-            noise = torch.cat(
-                [
-                    self._noise(state, state.frame + unit * recipe.chunk, recipe.chunk, sigmas.index(level) + 1)
-                    for unit, level in enumerate(levels)
-                ],
-                dim=2,
-            )
-            before, after = (self._levels(each)[:, None, :, None, None] for each in (row.sigma_from, row.sigma_to))
-            x, _ = Renoise().step(x, flow, before, after, noise=noise)
-            state.flying = x[0]
+            state.flying = self._climbed(state, row.sigma_from, row.sigma_to)
             if len(row.commit):
-                self._write(state, x[:, :, : recipe.chunk], self.arena.cache.open(state.rows, recipe.chunk))
+                first = state.flying[None, :, : recipe.chunk]
+                self._write(state, first, self.arena.cache.open(state.rows, recipe.chunk))
                 done.append(state.leave(recipe.chunk))
         return done
+
+    def _climbed(self, state: VideoState, sigma_from: Sequence[float], sigma_to: Sequence[float]) -> Tensor:
+        """One pass over all frames under way [C, n, h, w], each from its own level to its next."""
+        assert state.flying is not None
+        size, sigmas = self.recipe.chunk, self.recipe.sigmas()
+        steps = tuple(sigmas.index(level) + 1 for level in sigma_from[::size])
+
+        def climbed(chunk: KVChunk, numbers: Tensor, x: Tensor, levels: Tensor) -> Tensor:
+            flow = self._flow(x, 1000 * levels[:1], chunk)
+            noise = [self._noise_of(numbers, size, step, unit * size) for unit, step in enumerate(steps)]
+            before, after = levels[:, None, :, None, None].split(1)
+            return Renoise().step(x, flow, before, after, noise=torch.cat(noise, dim=2))[0]
+
+        chunk = self.arena.cache.open(state.rows, state.flying.shape[1])
+        levels = torch.tensor([list(sigma_from), list(sigma_to)], dtype=torch.float32)
+        return self._run(("climb", steps), climbed, chunk, [numbers(state), state.flying[None], levels])[0]
 
     def _first_of_batch(self, state: VideoState, x: Tensor, told: float) -> Tensor:
         """The first chunk goes through its levels alone; what it leaves in memory is every level's beginning."""
         recipe, cache, row = self.recipe, self.arena.cache, state.rows[:1]
         chunk = cache.open(row, recipe.chunk)
-        sigmas = [told, *recipe.sigmas()[1:]]
         x = integrate(
-            lambda x, sigma: self._flow(x, self._told(sigma), chunk),
+            lambda x, sigma: self._flow(x, torch.full((1, 1), 1000 * sigma, device=x.device), chunk),
             x,
-            sigmas,
+            [told, *recipe.sigmas()[1:]],
             Renoise(),
             noise=lambda step: self._noise(state, state.frame, recipe.chunk, step + 1),
         )
@@ -196,27 +153,31 @@ class VideoDrawer(PromptReader):
 
     def _batch(self, state: VideoState, lead: int, told: float) -> list[Finished]:
         """One pass over all chunks under way, each in the row of its level; the newest stands at level `lead`."""
-        recipe, sigmas = self.recipe, self.recipe.sigmas()
+        size, sigmas = self.recipe.chunk, self.recipe.sigmas()
         if state.flying is None:
             return []
-        x = torch.stack(state.flying.split(recipe.chunk, dim=1)[::-1])  # the newest first, as rows are
-        levels = range(lead, lead + len(x))
-        before = [told if level == 0 else sigmas[level] for level in levels]
-        chunk = self.arena.cache.open([state.rows[level] for level in levels], recipe.chunk)
-        flow = self._flow(x, 1000 * self._levels(before).T, chunk)
-        chunk.commit()
-        last = state.frame + state.flying.shape[1]
-        noise = torch.cat(
-            [
-                self._noise(state, last - (number + 1) * recipe.chunk, recipe.chunk, level + 1)
-                for number, level in enumerate(levels)
+        count = state.flying.shape[1] // size
+        steps = range(lead, lead + count)
+        last = state.flying.shape[1]
+
+        def moved(chunk: KVChunk, numbers: Tensor, flying: Tensor, levels: Tensor) -> Tensor:
+            x = torch.stack(flying.split(size, dim=1)[::-1])  # the newest first, as rows are
+            flow = self._flow(x, 1000 * levels[:1].T, chunk)
+            chunk.advance()
+            noise = [
+                self._noise_of(numbers, size, step + 1, last - (number + 1) * size) for number, step in enumerate(steps)
             ]
-        )
-        after = [sigmas[level + 1] for level in levels]
-        at, to = (self._levels(each).reshape(-1, 1, 1, 1, 1) for each in (before, after))
-        x, _ = Renoise().step(x, flow, at, to, noise=noise)
-        state.flying = torch.cat(list(x.flip(0)), dim=1)
-        return [state.leave(recipe.chunk)] if levels[-1] == len(sigmas) - 2 else []
+            before, after = (each.reshape(-1, 1, 1, 1, 1) for each in levels)
+            x, _ = Renoise().step(x, flow, before, after, noise=torch.cat(noise))
+            return torch.cat(list(x.flip(0)), dim=1)
+
+        chunk = self.arena.cache.open([state.rows[step] for step in steps], size)
+        before = [told if step == 0 else sigmas[step] for step in steps]
+        levels = torch.tensor([before, [sigmas[step + 1] for step in steps]], dtype=torch.float32)
+        inputs = [numbers(state), state.flying, levels]
+        state.flying = self._run(("batch", tuple(steps)), moved, chunk, inputs)
+        chunk.count()
+        return [state.leave(size)] if steps[-1] == len(sigmas) - 2 else []
 
     def show(self, state: VideoState, latents: Tensor) -> None:
         """Let a stream begin with a frame [C, 1, h, w] that is given."""
@@ -245,54 +206,6 @@ class VideoDrawer(PromptReader):
         for block in blocks:
             self._write(state, block[None], self.arena.cache.open(state.rows[:1], block.shape[1]))
 
-    def encode_still(self, picture: Tensor) -> Tensor:
-        """A picture [3, H, W] as a first frame [C, 1, h, w]."""
-        if self._still is None:
-            self._still = self._encoder.begin(*self.size)
-        self._still.reset()
-        return self._encoder.encode(picture[None, None].to(self.arena.device), self._still)[0].float()
-
     def forget(self, state: VideoState) -> None:
         for row in state.rows:
             self.arena.cache.reset(row)
-
-    def decode(self, state: VideoState, latents: Tensor) -> Tensor:
-        """Pictures [T, 3, H, W] in [0, 1] of the next finished frames [C, n, h, w]."""
-        if state.still is not None:
-            latents, state.still = torch.cat([state.still, latents], dim=1), None
-        pictures = self._decoder.decode(latents[None], state.decoding)[0].float()
-        if self.recipe.overlap:
-            back = PICTURES_PER_LATENT * (self.recipe.overlap - 1) + 1
-            state.corner = pictures[-back].clone()
-        return pictures
-
-    def _write(self, state: VideoState, latents: Tensor, chunk: KVChunk) -> None:
-        """Let the rows of `chunk` remember finished frames."""
-        sigma = self.recipe.context_timestep / 1000
-        if sigma > 0:
-            latents = add_noise(latents, self._noise(state, state.frame, latents.shape[2], CONTEXT_NOISE), sigma)
-        self._flow(latents, self._told(sigma), chunk)
-        chunk.commit()
-
-    def _flow(self, latents: Tensor, timestep: Tensor, chunk: KVChunk) -> Tensor:
-        """What the network predicts, float32; `timestep` [B, 1] or [B, F]."""
-        (flow,) = self.transformer(
-            latents.to(self.arena.dtype),
-            timestep,
-            text_keys=self.arena.prompts(chunk.rows),
-            cache=chunk,
-            return_dict=False,
-        )
-        return flow.float()
-
-    def _told(self, sigma: float) -> Tensor:
-        return torch.full((1, 1), 1000 * sigma, device=self.arena.device)
-
-    def _levels(self, sigmas: Sequence[float]) -> Tensor:
-        """[1, n]."""
-        return torch.tensor([sigmas], device=self.arena.device, dtype=torch.float32)
-
-    def _noise(self, state: VideoState, frame: int, count: int, step: int) -> Tensor:
-        """[1, C, count, h, w]: each frame's noise is its own, whatever it is drawn together with."""
-        frames = torch.arange(frame, frame + count, device=self.arena.device)
-        return philox_normal(torch.full_like(frames, state.seed), frames, step, self.latent_size).transpose(0, 1)[None]

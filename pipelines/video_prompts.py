@@ -60,6 +60,18 @@ class PromptReader(DiffusionPipeline):
             raise ValueError(f"tokens of this pipeline's prompts are {list(wanted)}, got {list(tokens.shape)}")
         self._read[cleaned(prompt)] = tokens.cpu()
 
+    def known_prompt(self) -> str:
+        """A prompt that can be read: any, or one of those that were kept once there is no text encoder.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.text_encoder is None:
+            if not self._read:
+                raise ValueError("there is no text encoder and no prompt was kept: keep_prompt(...) one first")
+            return next(reversed(self._read))
+        return "a stream of water"
+
     def _encode(self, text: str) -> Tensor:
         assert self.text_encoder is not None
         assert self.tokenizer is not None

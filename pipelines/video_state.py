@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +47,15 @@ class VideoState:
     versions: Tensor | None = None  # int64, the control that each chunk under way was begun under
     waiting: Tensor | None = None  # [C, n, h, w], encoded input that does not fill a chunk yet
     still: Tensor | None = None  # [C, 1, h, w], the picture that a stream starts from, until it is decoded
+    ahead: Tensor | None = None  # [C, n, h, w], drawn and not decoded yet, and
+    ahead_version: int = 0  # the control it was begun under, and
+    ahead_time: float = 0.0  # when
     corner: Tensor | None = None  # [3, H, W], what the first frame of a memory that begins anew is encoded from
     seen: Tensor | None = None  # [3, H, W], the last picture of an input
     fastest: float = 0.0  # movement in it since the last chunk
     motion: float = 0.0  # how fast it moves, smoothed
     finished: list[Tensor] = field(default_factory=list)  # [C, n, h, w] of the last step; not saved
+    drawn: Any = None  # the CUDA event after which `ahead` is there; not saved
 
     def join(self, fresh: Tensor, version: int) -> None:
         """One more chunk [C, F, h, w] is under way."""
@@ -85,9 +89,10 @@ class VideoState:
         self.finished.append(latents)
 
 
-PLAIN = {each.name: each for each in fields(VideoState) if each.name not in ("rows", "finished", *CODECS)}
+PLAIN = {each.name: each for each in fields(VideoState) if each.name not in ("rows", "finished", "drawn", *CODECS)}
 KINDS = {"int": (int,), "float": (int, float), "str | None": (str,), "Tensor": (Tensor,), "Tensor | None": (Tensor,)}
-NEEDED = {name for name, each in PLAIN.items() if "None" not in str(each.type)}
+LATER = {"ahead_version", "ahead_time"}  # which older snapshots lack
+NEEDED = {name for name, each in PLAIN.items() if "None" not in str(each.type)} - LATER
 
 
 def to_leaves(state: VideoState, memory: list[dict[str, Tensor | int]]) -> Leaves:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class VideoStreamer(VideoDrawer):
     """The part of a video pipeline that keeps a stream's state in order."""
 
     rate: float
+    overlap: bool
+    _beside: torch.cuda.Stream | None  # where chunks are drawn while others are decoded
+    _caller: torch.cuda.Stream | None  # where they are decoded meanwhile
 
     def resize(self, height: int, width: int) -> None:
         """Draw pictures of another size from now on.
@@ -62,8 +66,25 @@ class VideoStreamer(VideoDrawer):
                 self._arena = None
             channels, height, width = self.latent_size
             history = torch.zeros((channels, self.recipe.window, height, width), device=model.device)
-            decoding = self._decoder.begin(*self.size)
-            return VideoState([self.arena.take() for _ in range(self.recipe.rows)], seed, decoding, history)
+            with self.apart():
+                rows = [self.arena.take() for _ in range(self.recipe.rows)]
+                self.arena.recordings.follow(list(model.parameters()))
+                if rows[0] not in self.arena.codecs:
+                    self.arena.codecs[rows[0]] = self._decoder.begin(*self.size)
+                decoding = self.arena.codecs[rows[0]]
+                decoding.reset()
+                return VideoState(rows, seed, decoding, history)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within: what steps work on may be touched outside of a step, on the caller's CUDA stream."""
+        if self._beside is None:
+            yield
+            return
+        caller = torch.cuda.current_stream(self._beside.device)
+        caller.wait_stream(self._beside)
+        yield
+        self._beside.wait_stream(caller)
 
     # Prompts
 
@@ -73,7 +94,10 @@ class VideoStreamer(VideoDrawer):
         if control.prompt != state.prompt:
             switch = control.switch if state.prompt is not None else "keep"
             if switch == "cut" or (switch == "recache" and self.recipe.plan == "batch"):
-                chunks = [self.shown(state, each, when) for each in self.complete(state)]
+                chunks = self.settled(state)
+                chunks += [self.shown(state, each, when) for each in self.complete(state)]
+                if self._caller is not None:  # what was just decoded is not to be overwritten
+                    torch.cuda.current_stream(self.arena.device).wait_stream(self._caller)
             text = self.encode_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
             if switch == "lerp":
                 state.origin, state.target, state.blend = state.text, text, 0
@@ -108,7 +132,7 @@ class VideoStreamer(VideoDrawer):
 
     def start_from(self, state: VideoState, image: Tensor, control: VideoControl) -> None:
         """Let a stream that has just begun show `image` [3, H, W] first."""
-        with self._sharing, torch.no_grad():
+        with self._sharing, torch.no_grad(), self.apart():
             self.obey(state, control, 0.0)
             self.show(state, self.encode_still(image))
 
@@ -146,16 +170,35 @@ class VideoStreamer(VideoDrawer):
         state.fastest = 0.0
         return latents[:, :size]
 
+    @property
+    def pictures_per_chunk(self) -> int:
+        """Pictures of an input that a chunk takes; the first chunk of a stream takes `PICTURES_PER_LATENT` - 1 less."""
+        return PICTURES_PER_LATENT * self.recipe.chunk
+
     def shown(self, state: VideoState, done: Finished, when: float) -> Chunk:
-        """A finished chunk, decoded."""
-        pictures = self.decode(state, done.latents)
+        """A finished chunk, decoded, on the caller's CUDA stream where chunks are drawn on another."""
+        latents = done.latents
+        with nullcontext() if self._caller is None else torch.cuda.stream(self._caller):
+            if self._caller is not None and self._beside is not None:
+                self._caller.wait_event(state.drawn or self._beside.record_event())
+                latents.record_stream(self._caller)
+            pictures = self.decode(state, latents)
         start, state.pictures = state.pictures, state.pictures + len(pictures)
         return Chunk("video", pictures, start, self.rate, done.version, when)
 
+    def settled(self, state: VideoState) -> list[Chunk]:
+        """What was drawn and waits to be decoded."""
+        if state.ahead is None:
+            return []
+        done = Finished(state.ahead, state.ahead_version)
+        state.ahead = None
+        chunks = [self.shown(state, done, state.ahead_time)]
+        state.drawn = None
+        return chunks
+
     def begun(self, state: VideoState) -> int:
         """How many pictures a stream has made or is making."""
-        flying = 0 if state.flying is None else state.flying.shape[1]
-        flying += 0 if state.still is None else 1
+        flying = sum(each.shape[1] for each in (state.flying, state.ahead, state.still) if each is not None)
         first = PICTURES_PER_LATENT - 1 if state.decoding.frames == 0 and flying else 0
         return state.pictures + PICTURES_PER_LATENT * flying - first
 

@@ -2,6 +2,7 @@
 
 from .fit import fit
 from .image_control import ImageControl
+from .jitter import JitterBuffer, Playout
 from .kv_cache import KVCache
 from .live import live
 from .mailbox import Bounded, Closed, Latest
@@ -11,6 +12,7 @@ from .recorder import Recorder
 from .session import Session, step_together
 from .sinks import Steady, Tee, VirtualCamera
 from .snapshot import Snapshot
+from .sound_sinks import Speaker, WavFile
 from .sources import Camera, VideoFile
 from .types import (
     MAX_PROMPT_CHARACTERS,
@@ -37,16 +39,19 @@ __all__ = [
     "EndOfStream",
     "Frame",
     "ImageControl",
+    "JitterBuffer",
     "KVCache",
     "Latest",
     "Leaves",
     "Metrics",
     "NetworkCamera",
+    "Playout",
     "Recorder",
     "Session",
     "Sink",
     "Snapshot",
     "Source",
+    "Speaker",
     "SpeechControl",
     "Steady",
     "Streamable",
@@ -54,6 +59,7 @@ __all__ = [
     "VideoControl",
     "VideoFile",
     "VirtualCamera",
+    "WavFile",
     "WorldControl",
     "fit",
     "live",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -35,14 +36,16 @@ class CudaReplay:
         device: the CUDA device it runs on.
         pool: memory that several recordings share, from `torch.cuda.graph_pool_handle()`. They may be replayed in any
             order, but not at the same time.
+        stream: where to record, one for all that share a pool: libraries keep working memory for every stream they see.
     """
 
-    def __init__(self, step: Step, inputs: Sequence[Tensor], device: torch.device, pool: Any) -> None:
+    def __init__(
+        self, step: Step, inputs: Sequence[Tensor], device: torch.device, pool: Any, stream: torch.cuda.Stream
+    ) -> None:
         with torch.cuda.device(device):
             self._inputs = [value.to(device, copy=True) for value in inputs]
             self._step = step  # which holds tensors that the graph reads
             self._graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream(device)
             # Threads that have nothing to do with this stream may go on using CUDA meanwhile.
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._output = step(*self._inputs)
@@ -79,6 +82,7 @@ class Recordings:
         self.device, self.patience, self.limit = device, patience, limit
         self._record = record if record is not None or device.type != "cuda" else self._record_cuda
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._weights: list[int] = []
         self._replays: OrderedDict[Hashable, Replay | None] = OrderedDict()  # None: it cannot be recorded
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
@@ -116,6 +120,15 @@ class Recordings:
                 self._replays.popitem(last=False)
         return output
 
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Record every kind of step as soon as it has run once: what a warm-up does."""
+        patience, self.patience = self.patience, 1
+        try:
+            yield
+        finally:
+            self.patience = patience
+
     def follow(self, weights: Sequence[Tensor]) -> None:
         """Forget what was recorded over other weights than these: adapters were loaded, or a part was exchanged."""
         addresses = [weight.data_ptr() for weight in weights] if self.records else []
@@ -148,4 +161,6 @@ class Recordings:
     def _record_cuda(self, step: Step, inputs: Sequence[Tensor]) -> Replay:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        return CudaReplay(step, inputs, self.device, self._pool)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return CudaReplay(step, inputs, self.device, self._pool, self._stream)

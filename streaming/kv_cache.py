@@ -38,9 +38,9 @@ class FullPrecision:
         """`value` [B, n, H, D] into the chunk's places."""
         places.put(store[layer], value.to(store.dtype))
 
-    def read(self, store: Tensor, layer: int, rows: Rows, length: int) -> Tensor:
-        """[B, length, H, D]; a view where the rows are neighbours."""
-        return rows.take(store[layer])[:, :length]
+    def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
+        """Tokens [B, end - start, H, D]; a view where the rows are neighbours."""
+        return rows.take(store[layer])[:, start:end]
 
 
 class KVCache:
@@ -79,7 +79,7 @@ class KVCache:
         self.tokens_per_frame = tokens_per_frame
         self.ring = window.frames - window.sinks + spare
         self.storage = storage or FullPrecision()
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         self.k, self.v = (
             self.storage.allocate(
                 (layers, rows, (window.sinks + self.ring) * tokens_per_frame, heads, head_dim), self.device, dtype
@@ -113,7 +113,12 @@ class KVCache:
         for row in rows:
             self._require(row, self.counts[row] + num_frames)
             self.reached[row] = max(self.reached[row], self.counts[row] + num_frames)
-        return KVChunk(self, Rows(rows, self.device), num_frames)
+        chunk = self._chunk(Rows(rows, self.device), num_frames)
+        chunk.turn_sinks()
+        return chunk
+
+    def _chunk(self, rows: Rows, num_frames: int) -> KVChunk:
+        return KVChunk(self, rows, num_frames)
 
     def rollback(self, row: int, num_frames: int) -> None:
         """Forget the last `num_frames` (up to `spare`) committed frames of `row`, exactly as if they had never been."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from ..kernels import shift_frames
+from ..kernels import BlockPlan, attend, shift_frames
+from ..kernels.planners import FlashBlock
 
 if TYPE_CHECKING:
     from .kv_cache import KVCache
@@ -91,14 +94,16 @@ class KVChunk:
 
     Attributes:
         memo: what a model computes once for all passes over the chunk.
+        reuse: what keeps attention to the context from the first pass on; passes then write nothing. None: every pass
+            attends to everything. Set `first` to False after the first pass.
     """
 
     def __init__(self, cache: KVCache, rows: Rows, num_frames: int, recorded: str | None = None) -> None:
         self.cache, self.rows, self.num_frames, self.recorded = cache, rows, num_frames, recorded
         self.memo: dict[Any, Any] = {}
+        self.reuse: FlashBlock | None = None
+        self.first = True
         self._views: dict[int, KVView] = {}
-        if recorded is None and cache.position == "sink" and max(self._ends) + cache.spare > cache.window.frames:
-            self._turn_sinks()
 
     @property
     def _ends(self) -> list[int]:
@@ -123,21 +128,37 @@ class KVChunk:
         rows = self.rows if index is None else RowsAt(index)
         return KVChunk(self.cache, rows, self.num_frames, self.fill)
 
+    def twin(self) -> Self:
+        """The same chunk with nothing computed yet: a step that is recorded computes all it needs itself."""
+        return type(self)(self.cache, self.rows, self.num_frames, self.recorded)
+
+    @property
+    def layout(self) -> Hashable:
+        """Where the chunk's frames lie and what they see. Of chunks of one layout, only the device's counters differ:
+        what is recorded over one of them serves all of its rows' others."""
+        return self.num_frames, self._length, self._mask is None, tuple(map(tuple, self._slots)), tuple(self.rows.host)
+
     @cached_property
     def positions(self) -> Tensor:
         """int64 [B, num_frames], the index of each frame in its stream."""
         return self.rows.take(self.cache.frames)[:, None] + torch.arange(self.num_frames, device=self.cache.device)
 
     @cached_property
+    def _slots(self) -> list[list[int]]:
+        """Where each row's frames lie, as the host knows it."""
+        window, ring = self.cache.window, self.cache.ring
+        return [
+            [frame if frame < window.sinks else window.sinks + (frame - window.sinks) % ring for frame in frames]
+            for frames in (range(end - self.num_frames, end) for end in self._ends)
+        ]
+
+    @cached_property
     def _places(self) -> Places:
         window, ring, tokens = self.cache.window, self.cache.ring, self.cache.tokens_per_frame
-        if self.recorded is None and self.cache.device.type == "cpu":
-            slots = [
-                [frame if frame < window.sinks else window.sinks + (frame - window.sinks) % ring for frame in frames]
-                for frames in (range(end - self.num_frames, end) for end in self._ends)
-            ]
-            if all(row[-1] - row[0] == self.num_frames - 1 for row in slots):
-                return Slices(self.rows, [row[0] * tokens for row in slots], self.num_frames * tokens)
+        if self.recorded is None and all(row[-1] - row[0] == self.num_frames - 1 for row in self._slots):
+            slices = Slices(self.rows, [row[0] * tokens for row in self._slots], self.num_frames * tokens)
+            if self.cache.device.type == "cpu" or len(slices.parts) == 1:
+                return slices
         slot = torch.where(
             self.positions < window.sinks, self.positions, window.sinks + (self.positions - window.sinks) % ring
         )
@@ -158,8 +179,10 @@ class KVChunk:
         hides_none = self.cache.spare == 0 or max(ends) <= self.cache.window.frames
         return None if same_fill and hides_none else self._visible_slots()
 
-    def _visible_slots(self) -> Tensor:
-        """Bool [B, 1, 1, K]: which slots hold a frame that this chunk may see."""
+    @cached_property
+    def slot_frames(self) -> Tensor:
+        """int64 [B, frames attended to]: which frame of the stream each place of the ring holds, -1 where it holds none
+        that this chunk may see."""
         window, ring = self.cache.window, self.cache.ring
         end = self.positions[:, -1:]
         slot = torch.arange(self._length, device=self.cache.device)[None]
@@ -167,12 +190,17 @@ class KVChunk:
         frame = torch.where(slot < window.sinks, slot, newest)
         recent = frame > end - (window.frames - window.sinks)
         visible = (frame <= end) & (recent | (slot < window.sinks)) & (frame >= slot.clamp_max(window.sinks))
-        spread = visible[..., None].expand(-1, -1, self.cache.tokens_per_frame)
-        return spread.flatten(1)[:, None, None]
+        return torch.where(visible, frame, -1)
 
-    def _turn_sinks(self) -> None:
+    def _visible_slots(self) -> Tensor:
+        """Bool [B, 1, 1, K]: which slots hold a frame that this chunk may see."""
+        return (self.slot_frames >= 0).repeat_interleave(self.cache.tokens_per_frame, 1)[:, None, None]
+
+    def turn_sinks(self) -> None:
         """Sinks move by as much as the window has moved past them: sink i then stands at window start - sinks + i."""
         cache = self.cache
+        if cache.position != "sink" or max(self._ends) + cache.spare <= cache.window.frames:
+            return
         delta = (self.positions[:, -1] + 1 - cache.window.frames).clamp_min(0)
         places = Places(self.rows.index[:, None], torch.arange(cache.sink_k.shape[2], device=cache.device)[None])
         for layer, sink_k in enumerate(cache.sink_k):
@@ -193,6 +221,38 @@ class KVChunk:
             if self.rows.neighbours and cache.storage.reads_views:
                 self._views[layer] = view  # which the next pass finds as it will then be
         return view
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: Callable[..., BlockPlan | None] | None = None
+    ) -> Tensor:
+        """Attention [B, L, H, D] of the chunk's tokens to everything they may see; `k`, `v` as in `attend_view`.
+
+        `plan` makes the plan of a layer from (layer, q, k, v, mask). Under a plan nothing is reused.
+        """
+        if self.reuse is None or plan is not None:
+            keys, values, mask = self.attend_view(layer, k, v)
+            blocks = None if plan is None else plan(layer, q, keys, values, mask)
+            return attend(q, keys, values, blocks, mask=None if blocks is not None else mask)
+        outside = self.outside(layer) if self.first else []
+        return self.reuse.attend(layer, q, (k, v), outside, first=self.first)
+
+    def outside(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of what the chunk sees besides itself, in pieces that lie together. Where the host knows.
+
+        ValueError: rows that are filled to different lengths, or a ring with room to roll back.
+        """
+        first = self._slots[0]
+        if self.recorded or self._mask is not None or any(slots != first for slots in self._slots):
+            raise ValueError("attention outside a chunk is reused only where all rows are filled alike, without spare")
+        cache, tokens = self.cache, self.cache.tokens_per_frame
+        others = [slot for slot in range(self._length) if slot not in first]
+        pieces = []
+        for _, run in groupby(enumerate(others), key=lambda item: item[1] - item[0]):
+            slots = [slot for _, slot in run]
+            span = slots[0] * tokens, (slots[-1] + 1) * tokens
+            stores = (cache.storage.read(store, layer, self.rows, span[1], span[0]) for store in (cache.k, cache.v))
+            pieces.append(tuple(stores))
+        return pieces
 
     def _keep_sinks(self, layer: int, k: Tensor) -> None:
         """Sink keys are kept as they were first rotated, so that turning them never adds up rounding."""

@@ -7,7 +7,7 @@ it the other way. All of it is indexed by device counters, so that a recorded st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -51,9 +51,8 @@ class HybridCache(KVCache):
         """Memory the arena holds, whatever the streams do."""
         return super().bytes + sum(x.numel() * x.element_size() for x in (self.linear_kv, self.linear_norm))
 
-    def open(self, rows: Sequence[int], num_frames: int | None = None) -> HybridChunk:
-        chunk = super().open(rows, num_frames)
-        return HybridChunk(self, chunk.rows, chunk.num_frames)
+    def _chunk(self, rows: Rows, num_frames: int) -> HybridChunk:
+        return HybridChunk(self, rows, num_frames)
 
     def rollback(self, row: int, num_frames: int) -> None:
         """Forget the last `num_frames` committed frames of `row`. Linear layers can only return to where a chunk ended.
@@ -131,6 +130,9 @@ class HybridChunk(KVChunk):
 
     def attend_view(self, layer: int, k: Tensor, v: Tensor) -> KVView:
         return super().attend_view(self.cache.place[layer], k, v)
+
+    def outside(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        return super().outside(self.cache.place[layer])
 
     @cached_property
     def _before(self) -> Tensor:

@@ -60,14 +60,18 @@ class _Mailbox(Generic[T]):
 
 
 class Latest(_Mailbox[T]):
-    """Holds one item; a newer one replaces it. For live input: the reader is never behind by more than one item.
+    """Holds the newest items, one by default; newer ones replace the oldest. For live input: the reader is never
+    behind by more than that.
+
+    Args:
+        size: items that are kept; more than one for a reader that takes several in one go.
 
     Attributes:
         dropped: items that were replaced before anybody read them.
     """
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def __init__(self, size: int = 1) -> None:
+        super().__init__(size)
         self.dropped = 0
 
     def put(self, item: T) -> None:
@@ -75,7 +79,7 @@ class Latest(_Mailbox[T]):
         with self._changed:
             if self._closed:
                 raise Closed("the mailbox is closed; nobody will read this")
-            self.dropped += len(self._items)
+            self.dropped += len(self._items) == self._items.maxlen
             self._items.append(item)  # a full deque lets its oldest go
             self._changed.notify_all()
 

@@ -1,4 +1,4 @@
-"""How a stream is doing: frames per second, step times, ages, drops. Constant memory however long it runs."""
+"""How a stream is doing: frames per second, step times, ages, drops, gaps. Constant memory however long it runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Literal
 
+from .jitter import Playout
 from .types import Chunk
 
 Ended = Literal["source", "sink", "until", "interrupt"]
@@ -25,6 +26,8 @@ class Metrics:
         dropped: input frames that were never used because a newer one came.
         applied: version of the last control that a step read.
         time_to_first_frame: seconds from the start of the first step to the first chunk, None before it.
+        sound_seconds: of sound drawn so far.
+        time_to_first_sound: seconds from the start of the first step to the first sound, None before it.
         ended: what ended the last `live` loop: the source, the sink, its `until` or Ctrl-C; None otherwise.
     """
 
@@ -34,12 +37,16 @@ class Metrics:
         self.dropped = 0
         self.applied = 0
         self.time_to_first_frame: float | None = None
+        self.sound_seconds = 0.0
+        self.time_to_first_sound: float | None = None
         self.ended: Ended | None = None
         self._clock = clock
         self._first_start: float | None = None
         self._drawn: deque[tuple[float, int]] = deque(maxlen=WINDOW_STEPS)
         self._seconds: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._ages: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
+        self._sound: deque[float] = deque(maxlen=WINDOW_STEPS)
+        self._playout = Playout()
         self._has_viewer = False
         self._lock = Lock()
 
@@ -47,6 +54,7 @@ class Metrics:
         """Count a step that began at `start`, has just ended with `chunks` and read control version `applied`."""
         now = self._clock()
         frames = sum(len(chunk.data) for chunk in chunks if chunk.kind == "video")
+        sound = sum(sound_seconds(chunk) for chunk in chunks)
         with self._lock:
             self.steps += 1
             self.frames += frames
@@ -54,7 +62,11 @@ class Metrics:
             self._first_start = start if self._first_start is None else self._first_start
             if chunks and self.time_to_first_frame is None:
                 self.time_to_first_frame = now - self._first_start
+            if sound and self.time_to_first_sound is None:
+                self.time_to_first_sound = now - self._first_start
+            self.sound_seconds += sound
             self._seconds.append(now - start)
+            self._sound.append(sound)
             self._drawn.append((now, frames))
             while len(self._drawn) > 2 and now - self._drawn[0][0] > WINDOW_SECONDS:
                 self._drawn.popleft()
@@ -67,7 +79,15 @@ class Metrics:
             if not self._has_viewer:
                 self._has_viewer = True
                 self._ages.clear()
-            self._note_ages(self._clock(), (chunk,))
+            now = self._clock()
+            self._note_ages(now, (chunk,))
+            if chunk.kind == "audio":
+                self._playout.arrived(now, sound_seconds(chunk))
+
+    def paused(self) -> None:
+        """What was asked for is said; the silence until the next sound is no underrun."""
+        with self._lock:
+            self._playout.paused()
 
     def _note_ages(self, now: float, chunks: Sequence[Chunk]) -> None:
         self._ages.extend((now, now - chunk.time) for chunk in chunks)
@@ -82,6 +102,19 @@ class Metrics:
                 return 0.0
             frames = sum(count for _, count in self._drawn) - self._drawn[0][1]
             return frames / (self._drawn[-1][0] - self._drawn[0][0])
+
+    @property
+    def real_time_factor(self) -> float | None:
+        """Seconds of work per second of sound over the last `WINDOW_STEPS` steps; None where there was no sound."""
+        with self._lock:
+            sound = sum(self._sound)
+            return sum(self._seconds) / sound if sound else None
+
+    @property
+    def underruns(self) -> int:
+        """Gaps that a listener heard who began `LEAD_SECONDS` after the first delivered sound."""
+        with self._lock:
+            return self._playout.underruns
 
     @property
     def frame_age(self) -> float | None:
@@ -108,6 +141,10 @@ class Metrics:
             "step_p95": self.step_seconds(95),
             "step_p99": self.step_seconds(99),
             "ended": self.ended,
+            "sound_seconds": self.sound_seconds,
+            "time_to_first_sound": self.time_to_first_sound,
+            "real_time_factor": self.real_time_factor,
+            "underruns": self.underruns,
         }
 
     def status(self) -> str:
@@ -115,6 +152,11 @@ class Metrics:
         age = self.frame_age
         old = "no frame yet" if age is None else f"{age * 1000:.0f} ms old"
         return f"{self.fps:.1f} fps · {old} · {self.dropped} dropped · v{self.applied} applied"
+
+
+def sound_seconds(chunk: Chunk) -> float:
+    """How long a chunk sounds; 0 for video."""
+    return chunk.data.shape[-1] / chunk.rate if chunk.kind == "audio" else 0.0
 
 
 def _percentile(values: list[float], percent: float) -> float | None:

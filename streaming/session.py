@@ -32,7 +32,7 @@ class Session(Generic[State, ControlT]):
         generator: gives the stream its seed; the same generator state and controls give the same frames.
 
     Iterating yields single frames [3, H, W] in [0, 1] without end (from a pipeline of sound: blocks
-    [channels, samples]); `chunks` yields them as drawn, with their times and control versions.
+    [channels, samples], until it has `ended`); `chunks` yields them as drawn, with their times and control versions.
     """
 
     def __init__(
@@ -92,6 +92,12 @@ class Session(Generic[State, ControlT]):
             self._unread = None
             return control
 
+    @property
+    def ended(self) -> bool:
+        """Is everything said that was asked for? Never true of an endless stream; steering may go on from here."""
+        ended = getattr(self.pipeline, "ended", None)
+        return ended is not None and bool(self._states) and self._unread is None and ended(self._states[0])
+
     def step(self, media: Frame | None = None) -> Sequence[Chunk]:
         """Draw what comes next, answering `media` if given. May be empty while a codec fills.
 
@@ -101,9 +107,9 @@ class Session(Generic[State, ControlT]):
         return step_together([self], [media])[0]
 
     def chunks(self) -> Iterator[Chunk]:
-        """Chunks as they are drawn, until the session is closed."""
+        """Chunks as they are drawn, until the session is closed or has `ended`."""
         yield from self.step()
-        while self._finalizer.alive:
+        while self._finalizer.alive and not self.ended:
             yield from self.step()
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ class Tee:
 
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
+        self.paces = any(getattr(sink, "paces", False) for sink in sinks)
 
     def write(self, chunk: Chunk) -> None:
         for sink in self.sinks:

@@ -18,7 +18,17 @@ BELOW = {
     "training": {"kernels", "samplers", "streaming", "models", "pipelines"},
     "ui": {"kernels", "samplers", "streaming", "models", "pipelines", "training"},
 }
-INSIDE_FUNCTIONS = {"gradio", "cv2", "imageio", "imageio_ffmpeg", "vizdoom", "gymnasium", "ray", "pyvirtualcam"}
+INSIDE_FUNCTIONS = {
+    "gradio",
+    "cv2",
+    "imageio",
+    "imageio_ffmpeg",
+    "vizdoom",
+    "gymnasium",
+    "ray",
+    "pyvirtualcam",
+    "sounddevice",
+}
 
 
 def rooms_of(node: ast.ImportFrom, path: Path) -> set[str]:

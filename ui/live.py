@@ -7,26 +7,22 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .window import Window
-from .world import VIDEO_SCALE
+from .world import scale_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..pipelines.live_image import LiveImagePipeline
+    from ..pipelines.video import VideoPipeline
     from ..pipelines.world import WorldPipeline
-    from ..streaming import Chunk, Session, VideoFile
+    from ..streaming import Chunk, Frame, Session, VideoFile
 
-SMALL = 256  # pixels high: what is smaller is enlarged in recordings
 NUDGE = 0.05  # what one press of an arrow key adds to the strength
-
-
-def enlargement(size: tuple[int, int]) -> int:
-    """By how much to enlarge recordings of pictures of this size (height, width)."""
-    return VIDEO_SCALE if size[0] < SMALL else 1
 
 
 class SteeringWindow(Window):
@@ -46,7 +42,8 @@ class SteeringWindow(Window):
         control = self._session.control
         strength = "true frames" if control.strength is None else f"strength {control.strength:.2f}"
         self.caption = f"{strength}   {control.prompt}"
-        super().write(replace(chunk, rate=math.inf))  # at once: the camera sets the pace
+        single = len(chunk.data) == 1  # is shown at once: the camera sets the pace
+        super().write(replace(chunk, rate=math.inf) if single else chunk)
         for key in self.presses():
             self._obey(self._session, key)
 
@@ -78,7 +75,7 @@ def _asked(words: str) -> dict[str, Any]:
 
 
 def translate(
-    pipe: WorldPipeline | LiveImagePipeline,
+    pipe: WorldPipeline | VideoPipeline | LiveImagePipeline,
     video: VideoFile,
     session: Session,
     path: Path,
@@ -97,23 +94,22 @@ def translate(
     from tqdm import tqdm
 
     from ..streaming import Frame, Recorder, Steady, fit
+    from ..streaming.live import pictures_per_chunk
 
     rate = pipe.rate
     end = None if seconds is None else round(seconds * rate)
-    with Recorder(path, rate=rate, scale=enlargement(pipe.size)) as recorder, tqdm(total=end, unit="frame") as progress:
-        steady, start = Steady(recorder, rate=rate), time.monotonic()
-
-        def write(chunks: Sequence[Chunk]) -> None:
-            for chunk in chunks:
-                steady.write(chunk)
-                progress.update(len(chunk.data))
-
+    scale = scale_of(pipe.size)
+    with Recorder(path, rate=rate, scale=scale) as recorder, tqdm(total=end, unit="frame") as progress:
+        together, start = pictures_per_chunk(pipe), time.monotonic()
+        # who answers several pictures at once gives one for each, without a time of its own
+        sink = recorder if together > 1 else Steady(recorder, rate=rate)
+        read = islice(at_rate(video, video.rate, rate), end)
+        frames = (Frame(fit(picture, pipe.size), number / rate) for number, picture in enumerate(read))
         try:
-            for number, picture in enumerate(at_rate(video, video.rate, rate)):
-                if number == end:
-                    break
-                write(session.step(Frame(fit(picture, pipe.size), number / rate)))
-            write(session.flush())
+            for chunks in redrawn(session, frames, together):
+                for chunk in chunks:
+                    sink.write(chunk)
+                    progress.update(len(chunk.data))
         finally:
             took = time.monotonic() - start
             video.close()
@@ -122,6 +118,29 @@ def translate(
             if recorder.frames:
                 length = f"{recorder.frames} frames ({recorder.frames / rate:.1f} s at {rate:g} frames/s)"
                 print(f"{path}: {length}, drawn at {recorder.frames / took:.1f} frames/s")
+
+
+def redrawn(session: Session, frames: Iterable[Frame], together: int) -> Iterator[Sequence[Chunk]]:
+    """What `session` makes of `frames`; of a model that answers several `together`, one frame for each.
+
+    The last lot is filled up with its last picture, and what that makes is cut off again.
+    """
+    last, missing = None, 0
+    for last in frames:
+        missing += 1
+        chunks = session.step(last)
+        missing -= sum(len(chunk.data) for chunk in chunks)
+        yield chunks
+    if last is None or together == 1:
+        yield session.flush()
+        return
+    fillers = [lambda: session.step(last)] * together
+    for draw in [*fillers, session.flush]:
+        for chunk in draw() if missing > 0 else ():
+            kept = chunk.data[: max(0, missing)]
+            missing -= len(kept)
+            if len(kept):
+                yield [replace(chunk, data=kept)]
 
 
 def at_rate(pictures: Iterable[Tensor], rate: float, wanted: float) -> Iterator[Tensor]:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .video import DTYPES, video_size
 from .world import pick_device
 
 if TYPE_CHECKING:
@@ -24,8 +23,6 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-scale", type=float, help="how closely to follow the prompt")
     group.add_argument("--negative-prompt", default="", help="what not to draw, for initialize and full")
     group.add_argument("--tiny", metavar="PATH_OR_REPO", help="an AutoencoderTiny, much faster: madebyollin/taesd")
-    group.add_argument("--size", type=video_size, metavar="HxW", help="of the pictures (default: the model's own)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float16 on CUDA, else float32)")
     group.add_argument("--compile", action="store_true", help="tune the kernels: faster after a few minutes")
 
 
@@ -52,14 +49,10 @@ def control_of(arguments: argparse.Namespace, strength: float) -> ImageControl:
     """What the session is opened with.
 
     Raises:
-        ValueError: no prompt, a value out of range, or an option that an image pipeline does not read.
+        ValueError: a value out of range.
     """
     from ..streaming import ImageControl
 
-    if arguments.prompt is None:
-        raise ValueError("an image pipeline needs a prompt; say what to draw with --prompt")
-    if arguments.follow_motion:
-        raise ValueError("--follow-motion is for worlds; an image pipeline redraws every picture with one strength")
     return ImageControl(
         arguments.prompt,
         strength=strength,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .machine import machine
-from .world import pick_device
+from .world import attend_as, pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from ..pipelines.video import VideoPipeline
 
 DTYPES = ("float32", "bfloat16", "float16")
+VIDEO_MODELS = ("VideoPipeline", "WanPipeline")  # class names in a model's index
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that loads a video model; `--model` is the command's own."""
+    parser.add_argument("--preset", help="exact, fast or small: what may be given up for speed or memory")
     group = parser.add_argument_group("video models (Wan and its causal kin, in diffusers' layout)")
     group.add_argument("--recipe", help="how the weights are run: self_forcing, longlive, krea, ...")
     group.add_argument("--checkpoint", type=Path, help="weights of any dialect in place of the model's transformer")
     group.add_argument("--lora", type=Path, help="an adapter to merge into them")
     group.add_argument("--decoder", type=Path, help="TAEHV weights (taew2_1.pth) to decode with")
     group.add_argument("--size", type=video_size, metavar="HxW", help="of the pictures (default: the model's own)")
-    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on CUDA, else float32)")
+    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: 16 bits on CUDA, else float32)")
 
 
 def video_size(text: str) -> tuple[int, int]:
@@ -48,7 +50,7 @@ def is_video_model(arguments: argparse.Namespace) -> bool:
     if not index.is_file():
         return False
     kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    return (kind[-1] if isinstance(kind, list) else kind) in ("VideoPipeline", "WanPipeline")
+    return (kind[-1] if isinstance(kind, list) else kind) in VIDEO_MODELS
 
 
 def load_arguments(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def load_arguments(arguments: argparse.Namespace, device: torch.device) -> dict[
 
     name = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     chosen: dict[str, Any] = {"torch_dtype": getattr(torch, name)}
-    for option in ("recipe", "checkpoint", "lora", "decoder", "size"):
+    for option in ("recipe", "preset", "checkpoint", "lora", "decoder", "size"):
         if getattr(arguments, option) is not None:
             chosen[option] = getattr(arguments, option)
     return chosen
@@ -122,7 +124,9 @@ def load_video(arguments: argparse.Namespace) -> VideoPipeline:
     from ..pipelines.video import VideoPipeline
 
     device = pick_device(arguments.device)
-    return VideoPipeline.from_pretrained(arguments.model, **load_arguments(arguments, device)).to(device)
+    pipe = VideoPipeline.from_pretrained(arguments.model, **load_arguments(arguments, device)).to(device)
+    attend_as(pipe, getattr(arguments, "attention", None))
+    return pipe
 
 
 def run_video(arguments: argparse.Namespace) -> int:

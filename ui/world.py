@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,12 @@ from ..pipelines.assets import ASSETS
 if TYPE_CHECKING:
     import torch
 
+    from ..pipelines.video import VideoPipeline
     from ..pipelines.world import WorldPipeline
     from ..streaming import Session
 
-VIDEO_SCALE = 4  # recordings are enlarged, since players blur a thumbnail
+VIDEO_SCALE = 4  # recordings of worlds are enlarged, since players blur a thumbnail
+THUMBNAIL = 240  # pixels of height below which a picture is one
 
 
 def shipped_models(kind: str | None = "WorldPipeline") -> dict[str, Path]:
@@ -32,14 +34,19 @@ def shipped_models(kind: str | None = "WorldPipeline") -> dict[str, Path]:
     }
 
 
-def load_world(name: str, device: str = "auto") -> WorldPipeline:
+def load_world(name: str, device: str = "auto", preset: str | None = None) -> WorldPipeline:
     """The world model `name` (shipped, a folder, or owner/name on the Hugging Face hub) on `device`.
+
+    A world has two kinds of arithmetic, so a preset chooses between them: see `world_dtype`.
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: a device that this machine lacks, or weights that can't be read.
+        ValueError: a device that this machine lacks, an unknown preset, or weights that can't be read.
     """
+    import torch
+
     torch_device = pick_device(device)
+    dtype = world_dtype(preset, torch_device.type)
     shipped = shipped_models()
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name not in shipped and not on_hub and not Path(name).expanduser().is_dir():
@@ -55,7 +62,37 @@ def load_world(name: str, device: str = "auto") -> WorldPipeline:
         raise ValueError(
             f"the weights of {name!r} can't be read ({error}): the file is damaged, so fetch it again"
         ) from error
-    return pipe.to(torch_device)
+    pipe = pipe.to(torch_device)
+    if dtype != torch.float32:
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns of modules that others keep in float32
+    return pipe
+
+
+def world_dtype(preset: str | None, device: str) -> torch.dtype:
+    """What a world computes and remembers in.
+
+    `small` is bfloat16, half the memory; `fast` is that on a GPU, where it is quicker; `exact`, and none, are float32.
+
+    Args:
+        device: its type, such as "cpu".
+
+    Raises:
+        ValueError: an unknown preset, with those that are known.
+    """
+    import torch
+
+    from ..pipelines.presets import find_preset
+
+    name = "exact" if preset is None else find_preset(preset).name
+    return torch.bfloat16 if name == "small" or (name == "fast" and device == "cuda") else torch.float32
+
+
+def attend_as(pipe: WorldPipeline | VideoPipeline, attention: str | None) -> None:
+    """Run the model's self-attention under the planner of `--attention`; None leaves the model's own."""
+    if attention is not None:
+        pipe.transformer.set_attention(attention)
 
 
 def pick_device(name: str) -> torch.device:
@@ -124,6 +161,11 @@ def check_recording(path: Path) -> None:
     from ..streaming import Recorder
 
     Recorder(path, rate=1.0).close()
+
+
+def scale_of(size: Sequence[int]) -> int:
+    """How often each pixel of a picture (height, width) is repeated each way in a recording."""
+    return VIDEO_SCALE if size[0] < THUMBNAIL else 1
 
 
 def say_nearest(pipe: WorldPipeline, prompt: str) -> None:

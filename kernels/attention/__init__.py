@@ -68,7 +68,7 @@ def attend(
     """Softmax attention, `softmax(q k^T * scale) v`, over tokens-first tensors.
 
     With a plan only the key blocks that it lists are visited: by a Triton kernel on CUDA, and by a reference in plain
-    PyTorch elsewhere and where a gradient is wanted.
+    PyTorch elsewhere. Both have gradients; those of centroids, tables and learned biases are the reference's alone.
 
     Without a plan this is PyTorch's `scaled_dot_product_attention` on transposed views: no copy is made. With
     `return_lse` PyTorch's flash and memory-efficient kernels are asked for their log-sum-exp; where they cannot give it

@@ -5,8 +5,11 @@ Masks are bool [B or 1, H or 1, Lq or 1, Lk], True where a query sees a key.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -22,6 +25,8 @@ def attend_blocks(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: BlockMas
 def attend_dense(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """SDPA on transposed views; returns [B, L, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    if mask is None and _cudnn_serves(q, k, v):
+        return _cudnn(q, k, v, scale, lse=False)[0].transpose(1, 2)
     if mask is None or q.device.type == "cpu":  # where PyTorch itself gives rows without keys 0, gradients included
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     mask, empty = _without_empty_rows(mask)
@@ -36,6 +41,9 @@ def attend_dense_with_lse(
     if not _kernels_give_lse(q_BLHD, k_BLHD, v_BLHD):
         return attend_reference(q_BLHD, k_BLHD, v_BLHD, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    if mask is None and _cudnn_serves(q, k, v):
+        out, lse = _cudnn(q, k, v, scale, lse=True)
+        return out.transpose(1, 2), lse
     bias = empty = None
     if mask is not None:
         mask, empty = _without_empty_rows(mask)
@@ -43,7 +51,11 @@ def attend_dense_with_lse(
     if not q.is_cuda:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     elif bias is None and q.dtype != torch.float32:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        if _prefers_cudnn(q, k, v):
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+            lse = lse.reshape(q.shape[:3])  # it comes as [B, H, L, 1]
+        else:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
     lse = lse[..., : q.shape[2]].float()  # the memory-efficient kernel pads it to a multiple of 32 queries
@@ -51,6 +63,35 @@ def attend_dense_with_lse(
         out = out.masked_fill(empty, 0.0)
         lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
     return out.transpose(1, 2), lse
+
+
+def _cudnn_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Is cuDNN's the fastest dense attention here? On Hopper it takes 0.55 of flash attention's time (4,680 queries,
+    18,720 keys), but PyTorch does not choose it by itself. It takes any strides, so no ring is copied for it."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return False
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    last = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    return last and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and k.shape[2] > 1 and _has_cudnn(q.device)
+
+
+@cache
+def _has_cudnn(device: torch.device) -> bool:
+    if not torch.backends.cudnn.is_available() or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    probe = torch.zeros((1, 1, 128, 64), device=device, dtype=torch.bfloat16)
+    try:
+        _cudnn(probe, probe, probe, 1.0, lse=True)
+    except RuntimeError:  # an installation whose cuDNN lacks it
+        return False
+    return True
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, *, lse: bool) -> tuple[Tensor, Tensor]:
+    """q, k, v [B, H, L, D]; returns (out like q, lse float32 [B, H, L] if asked for)."""
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, lse, scale=scale)
+    return out, sums.reshape(q.shape[:3]) if lse else sums
 
 
 def _kernels_give_lse(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -62,6 +103,21 @@ def _kernels_give_lse(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.is_cuda:
         return q.dtype != torch.float64 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return q.device.type == "cpu"
+
+
+def _prefers_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Is cuDNN's kernel there, and the faster one? On Hopper it takes little more than half of FlashAttention 2's time.
+
+    A compiler cannot ask, so compiled code takes FlashAttention.
+    """
+    if torch.compiler.is_compiling() or not _is_hopper_or_newer(q.device) or q.shape[-1] > 128:
+        return False
+    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False), False)
+
+
+@cache
+def _is_hopper_or_newer(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _without_empty_rows(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .backward import backward, keep
 from .merge_triton import merge_stacked
 from .triton import attend_kernel
 
@@ -196,3 +197,6 @@ def _(q: Tensor, *rest) -> tuple[Tensor, Tensor]:
     out_dtype = rest[-1]
     batch, rows, heads, _ = q.shape
     return q.new_empty(q.shape, dtype=out_dtype), q.new_empty((batch, heads, rows), dtype=torch.float32)
+
+
+operator.register_autograd(backward, setup_context=keep)

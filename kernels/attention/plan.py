@@ -172,6 +172,19 @@ class BlockPlan:
         )
 
     @classmethod
+    def best(cls, scores: Tensor, count: int, block: tuple[int, int], keys: int, **fields) -> BlockPlan:
+        """The plan that visits the `count` best blocks of each row of `scores` [B or 1, H or 1, NQ, NK].
+
+        What `of` makes of the same choice, but by sorting `count` numbers instead of walking all NK.
+        """
+        n_k = scores.shape[-1]
+        count = min(max(1, count), n_k)
+        indices = scores.topk(count, dim=-1, sorted=False).indices.to(torch.int32).sort(dim=-1).values
+        # Only the last block may reach past the last key, and it stands last.
+        n_masked = ((indices[..., -1] == n_k - 1) & (n_k * block[1] > keys)).to(torch.int32)
+        return cls(block, indices, count - n_masked, n_masked, key_blocks=n_k, **fields)
+
+    @classmethod
     def dense(cls, queries: int, keys: int, block: tuple[int, int], device: torch.device | str = "cpu") -> BlockPlan:
         """Every block: what plain attention does, by this kernel."""
         shape = (1, 1, -(-queries // block[0]), -(-keys // block[1]))

@@ -4,7 +4,8 @@ Keys are smoothed first (SageAttention, arXiv 2410.02367): their mean over the S
 score of a query by the same s q.k_mean; softmax does not see it, and the log-sum-exp gets it back.
 
 INT8: queries and keys are INT8, values keep their type. FP8: queries and keys are e4m3 with a scale per tile; values
-are e4m3 with a scale per channel, and lie with their keys next to one another, as Hopper's FP8 tensor cores want them.
+are e4m3 with a scale per channel, and lie with their keys next to one another, as Hopper's FP8 tensor cores want them,
+the keys of each 16 in `key_order`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def quantize_attention(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int], 
 
 def _turned(v: Tensor) -> tuple[Tensor, Tensor]:
     """v [B, L, H, D] as e4m3 [B, H, D, L], and the scale of each channel, float32 [B, H, D]."""
-    scale = torch.maximum(v.amax(1), -v.amin(1)).float() / LARGEST["fp8"] + EPSILON
+    low, high = v.aminmax(dim=1)
+    scale = torch.maximum(high, -low).float() / LARGEST["fp8"] + EPSILON
     batch, tokens, heads, dim = v.shape
     rows = -(-tokens // 16) * 16  # a tensor descriptor's rows start at multiples of 16 bytes
     v8 = torch.empty((batch, heads, dim, rows), dtype=DTYPE["fp8"], device=v.device)
@@ -60,9 +62,18 @@ def _turned(v: Tensor) -> tuple[Tensor, Tensor]:
 
         turn_triton(v, scale, v8)
         return v8, scale
-    v8[..., tokens:] = 0
-    v8[..., :tokens] = (v.float() / scale[:, None]).permute(0, 2, 3, 1).to(DTYPE["fp8"])
+    turned = (v.float() / scale[:, None]).permute(0, 2, 3, 1).to(DTYPE["fp8"])
+    padded = torch.nn.functional.pad(turned.view(torch.uint8), (0, rows - tokens))
+    v8.copy_(padded[..., key_order(rows, v.device)].view(DTYPE["fp8"]))
     return v8, scale
+
+
+def key_order(rows: int, device: torch.device) -> Tensor:
+    """Which token stands at each place of the turned values, int64 [rows], a multiple of 16.
+
+    Of 16 keys the pairs are 0 4 1 5 2 6 3 7: those of one thread in the scores' tile become neighbours.
+    """
+    return torch.arange(rows, device=device).view(-1, 2, 4, 2).transpose(1, 2).flatten()
 
 
 def quantize_tiles(x: Tensor, block: int, how: Quantize, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -95,5 +106,6 @@ def dequantize(quantized: Quantized, block: tuple[int, int], dtype: torch.dtype)
     )
     v = quantized.v
     if quantized.v_scale is not None:
-        v = (v.to(dtype) * quantized.v_scale.to(dtype)[..., None]).permute(0, 3, 1, 2)[:, : k.shape[1]]
+        in_order = v.to(dtype)[..., key_order(v.shape[-1], v.device).argsort()]
+        v = (in_order * quantized.v_scale.to(dtype)[..., None]).permute(0, 3, 1, 2)[:, : k.shape[1]]
     return q, k, v.to(dtype)

@@ -58,15 +58,16 @@ def _turn_kernel(
     batch, head = pair // heads, pair % heads
     at = tl.program_id(0) * tile + tl.arange(0, tile)
     channels = tl.arange(0, dim)
-    v_at = v_ptr + batch * sb + head * sh + at.to(tl.int64)[:, None] * sl + channels[None, :]
-    v = tl.load(v_at, mask=(at < rows)[:, None], other=0.0).to(tl.float32)
+    token = at // 16 * 16 + at % 16 // 2 % 2 * 8 + at % 16 // 4 * 2 + at % 2  # see `quantize.key_order`
+    v_at = v_ptr + batch * sb + head * sh + token.to(tl.int64)[:, None] * sl + channels[None, :]
+    v = tl.load(v_at, mask=(token < rows)[:, None], other=0.0).to(tl.float32)
     v = tl.trans(v / tl.load(scale_ptr + pair * dim + channels)[None, :])
     out_at = out_ptr + (pair * dim + channels)[:, None] * padded + at[None, :]
     tl.store(out_at, v.to(out_ptr.dtype.element_ty), mask=(at < padded)[None, :])
 
 
 def turn_triton(v: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out [B, H, D, rows] = v [B, L, H, D] / scale [B, H, D], zeros past L."""
+    """out [B, H, D, rows] = v [B, L, H, D] / scale [B, H, D] in `quantize.key_order`, zeros past L."""
     batch, rows, heads, dim = v.shape
     tile = 128
     _turn_kernel[(triton.cdiv(out.shape[-1], tile), batch * heads)](

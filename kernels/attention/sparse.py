@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -33,6 +34,8 @@ def attend_plan(
             k, v, plan.block[1], lengths=lengths, table=plan.table, first_order=plan.first_order
         )  # fmt: skip
     fast = _runs_fast(q, k, v, plan)
+    if fast and _graded(q, k, v) and plan.permutation is not None and plan.permutation.q_source is not None:
+        return _in_slots(q, k, v, plan, scale)
     if quantize is None:
         return _triton(q, k, v, plan, summary, scale) if fast else _reference(q, k, v, plan, summary, scale)
     eight = quantize_attention(q if fast else q.detach(), k.detach(), v.detach(), plan.block, quantize)
@@ -78,6 +81,27 @@ def take_slots(x: Tensor, source: Tensor) -> Tensor:
     base = torch.arange(batch, device=x.device)[:, None, None] * tokens
     token = (base + source.clamp_min(0)) * heads + torch.arange(heads, device=x.device)
     return x.reshape(-1, dim).index_select(0, token.flatten()).view(*source.shape, dim)
+
+
+def _in_slots(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries put in order before the kernel and its output after it, by what has gradients; k and v are in order."""
+    assert plan.permutation is not None
+    source = plan.permutation.q_source
+    assert source is not None
+    batch, tokens, heads, dim = q.shape
+    in_order = replace(plan, permutation=replace(plan.permutation, q_source=None))
+    out, lse = _triton(take_slots(q, source), k, v, in_order, None, scale)
+    slots = torch.arange(source.shape[-1], device=q.device).expand(source.shape)
+    place = torch.full((*source.shape[:2], tokens + 1), -1, device=q.device)
+    place = place.scatter(2, torch.where(source < 0, tokens, source).long(), slots)[..., :tokens]
+    place = place.expand(batch, heads, -1)
+    known, place = place >= 0, place.clamp_min(0)
+    out = out.transpose(1, 2).gather(2, place[..., None].expand(-1, -1, -1, dim)).masked_fill(~known[..., None], 0.0)
+    return out.transpose(1, 2), lse.gather(2, place).masked_fill(~known, -torch.inf)
+
+
+def _graded(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def _reference(
@@ -160,8 +184,9 @@ def _row_major(x: Tensor) -> Tensor:
 def _runs_fast(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> bool:
     if not runs_triton(q):
         return False
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return False  # the kernel has no backward; the reference is differentiable, and compiles
+    learned = plan.bias is not None and plan.bias.requires_grad
+    if _graded(q, k, v) and (plan.rest == "centroid" or plan.table is not None or learned):
+        return False  # of which the kernel has no gradient; the reference is differentiable, and compiles
     if k.shape[1] == 0 or q.shape[1] == 0:
         return False
     why = _refusal(q.device, q.dtype, q.shape[-1], plan.block)

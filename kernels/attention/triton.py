@@ -41,6 +41,7 @@ def _walk(
     through the exponentials; list entries are read two steps ahead.
     """
     parts: tl.constexpr = block_k // tile_k
+    v_rows = k_rows if v_row else (k_rows + 15) // 16 * 16
     p_scale: tl.constexpr = 256.0 if quantize == "fp8" else 1.0
     if masked and guard:
         low, high = tl.load(low_ptr + q_slots), tl.load(high_ptr + q_slots)
@@ -59,7 +60,7 @@ def _walk(
             k_sl, 1, k_rows, tile_k, head_dim, descriptors, False,
         )  # fmt: skip
         v = tile(
-            v_ptr, v_desc, v_first + row, v_column, row, v_sl, v_sd, k_rows, tile_k, head_dim, descriptors, not v_row
+            v_ptr, v_desc, v_first + row, v_column, row, v_sl, v_sd, v_rows, tile_k, head_dim, descriptors, not v_row
         )
         next_scores = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
         here = slot // block_k
@@ -69,7 +70,7 @@ def _walk(
             if has_k_lengths:
                 known = k_slots - here * block_k < tl.load(k_lengths_ptr + here)
                 k_valid = k_valid & known
-                if not full_lengths:  # the padding may be NaN
+                if v_row and not full_lengths:  # the padding may be NaN
                     v = tl.where(known[:, None], v, 0.0)
             visible = tl.broadcast_to(k_valid[None, :], scores.shape)
             if guard:

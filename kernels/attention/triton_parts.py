@@ -21,8 +21,20 @@ def softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.const
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=exact)
     else:
         # 8-bit: the tensor cores add with 14 bits, so only one tile is summed there, and the rest in registers.
-        acc += tl.dot((p * p_scale).to(v.dtype), v)
+        acc += tl.dot(operand_order((p * p_scale).to(v.dtype)), v)
     return acc, total, above
+
+
+@triton.jit
+def operand_order(p):
+    """p [tile_q, tile_k] with the keys of each 16 in the order in which `quantize.key_order` lays the values.
+
+    A thread that holds the sum of a product holds just these keys of the next product's 8-bit operand, so that nothing
+    moves between threads (as FlashAttention-3 does, arXiv 2407.08608, section 3.3).
+    """
+    tile_q: tl.constexpr = p.shape[0]
+    tile_k: tl.constexpr = p.shape[1]
+    return p.reshape(tile_q, tile_k // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(tile_q, tile_k)
 
 
 @triton.jit

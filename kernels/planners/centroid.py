@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..attention import BlockPlan, KVSummary
-from .scores import block_means, top_k
+from .scores import block_means
 
 
 def pisa(
@@ -27,15 +27,8 @@ def pisa(
     """
     summary = KVSummary.of(k, v, block, first_order=first_order)
     scores = block_means(q, block) @ summary.key.float().mT
-    chosen = top_k(scores, max(1, round(density * scores.shape[-1])))
-    return BlockPlan.of(
-        chosen,
-        (block, block),
-        k.shape[1],
-        width=max(1, round(density * scores.shape[-1])),
-        rest="centroid",
-        summary=summary,
-    )
+    count = round(density * scores.shape[-1])
+    return BlockPlan.best(scores, count, (block, block), k.shape[1], rest="centroid", summary=summary)
 
 
 def svg_ear(q: Tensor, k: Tensor, v: Tensor, *, density: float = 0.15, block: int = 64) -> BlockPlan:
@@ -54,10 +47,8 @@ def svg_ear(q: Tensor, k: Tensor, v: Tensor, *, density: float = 0.15, block: in
         spread_k * summary.value.float().norm(dim=-1)
     ).unsqueeze(2)
     error = scores + risk.clamp_min(1e-20).log()  # the counts cancel where all blocks are of one size
-    count = max(1, round(density * scores.shape[-1]))
-    return BlockPlan.of(
-        top_k(error, count), (block, block), k.shape[1], width=count, rest="centroid", summary=summary
-    )  # fmt: skip
+    count = round(density * scores.shape[-1])
+    return BlockPlan.best(error, count, (block, block), k.shape[1], rest="centroid", summary=summary)
 
 
 def _spread(x: Tensor, mean: Tensor, block: int) -> Tensor:

@@ -2,57 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..attention import BlockPlan, attend, merge
-from .scores import block_scores, top_k
+from .scores import block_scores
 
 
 class FlashBlock:
     """FlashBlock (arXiv 2602.05305): attention to everything outside the chunk is computed at its first step and kept.
 
-    Later steps attend inside the chunk and merge. The kept part is (out, lse) per layer, in buffers that are written
-    in place, so that a CUDA graph may hold them. It is an approximation from the second step on: the queries change,
-    the kept part does not.
+    Later steps attend inside the chunk and merge. The kept part is (out, lse) per layer. It is an approximation from
+    the second step on: the queries change, the kept part does not.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor] | None] = {}
 
     def attend(
         self,
         layer: int,
         q: Tensor,
         inside: tuple[Tensor, Tensor],
-        outside: tuple[Tensor, Tensor],
+        outside: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]],
         *,
         first: bool,
-        plan: BlockPlan | None = None,
+        plan: BlockPlan | Callable[[Tensor, Tensor], BlockPlan | None] | None = None,
     ) -> Tensor:
-        """Attention of q to `inside` (k, v) and `outside` (k, v), all [B, L, H, D].
+        """Attention of q to `inside` (k, v) and `outside` (k, v), or pieces of it, or none; all [B, L, H, D].
 
         Args:
+            plan: of the outside part at the first step, or what makes it for a piece from (q, k).
             first: compute and keep the outside part; otherwise it is taken as kept, and `outside` is not read.
-            plan: of the outside part, at the first step.
 
         Raises:
             RuntimeError: a later step of a layer that kept nothing.
         """
         if first:
-            part = attend(q, *outside, plan, return_lse=True)
-            kept = self._kept.get(layer)
-            if kept is None or kept[0].shape != part[0].shape:
-                self._kept[layer] = (part[0].clone(), part[1].clone())
-            else:
-                kept[0].copy_(part[0])
-                kept[1].copy_(part[1])
+            alone = len(outside) == 2 and isinstance(outside[0], Tensor)
+            pieces: Any = [outside] if alone else outside
+            plans = [plan(q, k) if callable(plan) else plan for k, _ in pieces]
+            parts = [attend(q, k, v, plan, return_lse=True) for (k, v), plan in zip(pieces, plans)]
+            self._kept[layer] = merge(parts) if parts else None
         elif layer not in self._kept:
             raise RuntimeError(
                 f"layer {layer} has kept nothing yet; call attend(..., first=True) at a chunk's first step"
             )
-        return merge([attend(q, *inside, return_lse=True), self._kept[layer]])[0]
+        kept = self._kept[layer]
+        if kept is None:
+            return attend(q, *inside)
+        return merge([attend(q, *inside, return_lse=True), kept])[0]
 
 
 class SparseD:
@@ -75,8 +76,8 @@ class SparseD:
             return None
         if layer not in self._plans:
             scores = block_scores(q, k, (self.block, self.block))
-            count = max(1, round(self.select * scores.shape[-1]))
-            self._plans[layer] = BlockPlan.of(top_k(scores, count), (self.block, self.block), k.shape[1], width=count)
+            count = round(self.select * scores.shape[-1])
+            self._plans[layer] = BlockPlan.best(scores, count, (self.block, self.block), k.shape[1])
         return self._plans[layer]
 
 

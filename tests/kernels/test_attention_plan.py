@@ -350,6 +350,28 @@ def test_the_merging_kernel_does_what_its_reference_does():
     assert (out[0, :, 0] == 0).all()
 
 
+def test_a_gpu_that_cannot_run_the_kernel_is_told_why_once(monkeypatch):
+    from millstream.kernels.attention import sparse
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    why = sparse._refusal(torch.device("cuda"), torch.float16, 64, (64, 64))
+    assert why == "compute capability 8.0 or newer, got 7.5"
+    monkeypatch.setattr(sparse, "runs_triton", lambda q: True)
+    monkeypatch.setattr(sparse, "_refusal", lambda *_: why)
+    sparse._say_once.cache_clear()
+    q, k, v = qkv(64, 64)
+    plan = BlockPlan.dense(64, 64, (64, 64))
+
+    def steps():
+        for _ in range(3):
+            assert_close(attend(q, k, v, plan, return_lse=True), naive(q, k, v))
+
+    with pytest.warns(UserWarning, match="needs compute capability 8.0 or newer, got 7.5; using the reference") as seen:
+        steps()
+    assert len([w for w in seen if "compute capability" in str(w.message)]) == 1
+
+
 def test_gradients_pass_through_a_plan():
     visit = drawn(1, 2, 2, 3)
     ours, theirs = ([x.requires_grad_() for x in qkv(128, 192, dtype=torch.float64)] for _ in range(2))
@@ -362,6 +384,18 @@ def test_gradients_pass_through_a_plan():
     (torch.where(kept, expected, 0.0).square().sum() + torch.where(rows, expected_lse, 0.0).sum()).backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("keys", [448, 430])
+@pytest.mark.parametrize("count", [0, 3, 99])
+def test_the_best_blocks_are_listed_as_any_choice_is(keys, count):
+    scores = torch.rand((2, 3, 5, 7), generator=torch.Generator().manual_seed(2))
+    plan = BlockPlan.best(scores, count, (64, 64), keys)
+    count = min(max(1, count), 7)
+    chosen = scores >= scores.sort(dim=-1, descending=True).values[..., count - 1 : count]
+    truth = BlockPlan.of(chosen, (64, 64), keys, width=count)
+    for name in ("indices", "n_full", "n_masked"):
+        assert torch.equal(getattr(plan, name), getattr(truth, name)), name
 
 
 def test_lists_are_cut_at_the_width_and_full_blocks_stay():

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from millstream.streaming import EndOfStream, Frame, Session, WorldControl, live
+from millstream.streaming import Chunk, EndOfStream, Frame, Session, WorldControl, live
 
 
 class FakeSource:
@@ -210,3 +210,43 @@ def test_a_source_that_gives_nothing_still_obeys_until(toy):
     live(source, session, sink, until=0.2)
     assert time.monotonic() - start < 1
     assert (sink.chunks, source.closed) == ([], 1)
+
+
+class Together:
+    """A pipeline that answers four pictures in one go, at 20 a second, and takes 0.1 s for it."""
+
+    rate, pictures_per_chunk, size = 20.0, 4, (8, 10)
+
+    def __init__(self):
+        self.read, self.waiting = [], []
+
+    def check(self, control): ...
+
+    def begin(self, control, *, generator=None):
+        return 0
+
+    def advance(self, states, controls, media):
+        (frame,) = media
+        self.read.append(frame.time)
+        self.waiting.append(frame)
+        if len(self.waiting) < 4:
+            return [[]]
+        time.sleep(0.1)
+        data = torch.stack([each.data for each in self.waiting])
+        self.waiting.clear()
+        return [[Chunk("video", data, 0, self.rate, 0, frame.time)]]
+
+    def flush(self, state):
+        return []
+
+    def end(self, state): ...
+
+
+def test_who_draws_several_pictures_at_once_gets_them_at_its_own_rate():
+    pipeline = Together()
+    metrics = live(FakeSource(rate=60), Session(pipeline, WorldControl()), FakeSink(), until=1.5)
+    gaps = sorted(later - sooner for sooner, later in zip(pipeline.read, pipeline.read[1:], strict=False))
+    assert len(pipeline.read) > 20, "what came while a chunk was drawn was kept"
+    assert gaps[len(gaps) // 2] == pytest.approx(1 / pipeline.rate, abs=0.015)
+    assert gaps[-1] < 3 / pipeline.rate
+    assert metrics.frame_age < 0.3

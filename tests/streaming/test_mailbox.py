@@ -89,3 +89,11 @@ def test_close_wakes_a_waiting_producer_and_a_waiting_consumer():
 def test_a_mailbox_needs_room_for_one():
     with pytest.raises(ValueError, match="at least 1 item, got size 0"):
         Bounded(0)
+
+
+def test_latest_may_hold_the_newest_few():
+    box = Latest(3)
+    for item in range(5):
+        box.put(item)
+    assert [box.get(timeout=1) for _ in range(3)] == [2, 3, 4]
+    assert box.dropped == 2

@@ -97,7 +97,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> FakeWorld:
     """The fake world, in place of whatever a command would load."""
     fake = FakeWorld()
     for command in ("run", "demo", "play", "bench", "live"):
-        monkeypatch.setattr(f"millstream.ui.commands.{command}.load_world", lambda name, device: fake)
+        monkeypatch.setattr(f"millstream.ui.commands.{command}.load_world", lambda name, device, preset=None: fake)
     return fake
 
 

@@ -36,6 +36,17 @@ def test_run_writes_the_walk_that_the_keys_describe(world, tmp_path: Path, capsy
     assert "nearest world" not in err
 
 
+def test_run_under_a_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "a brick corridor", "--frames", "2", "--device", "cpu", "-o"]
+    assert cli.main([*words, "all.mp4"]) == 0
+    assert cli.main([*words, "near.mp4", "--attention", "window(1,1,1)"]) == 0
+    assert abs(colours(tmp_path / "all.mp4") - colours(tmp_path / "near.mp4")).max() > 1e-3
+    capsys.readouterr()
+    assert cli.main([*words, "wrong.mp4", "--attention", "windows(1,1,1)"]) == 2
+    assert 'attention must be like "window(3, 24, 24)"' in capsys.readouterr().err
+
+
 def test_run_length_in_seconds(world, tmp_path: Path) -> None:
     assert cli.main(["run", "a brick corridor", "--seconds", "2"]) == 0
     assert len(colours(tmp_path / "walk.mp4")) == 35

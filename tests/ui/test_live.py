@@ -19,6 +19,8 @@ import torch
 from millstream.streaming import Chunk, ImageControl, Recorder, Session
 from millstream.ui import cli, window
 from millstream.ui.live import at_rate, hear
+from millstream.ui.page.memory import memory_plan
+from millstream.ui.world import load_world, shipped_models, world_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +203,22 @@ def test_ctrl_c_leaves_a_playable_file(world, video, monkeypatch, capsys) -> Non
     assert len(colours(Path("out.mp4"))) == 10
 
 
+@pytest.mark.skipif(not shipped_models(), reason="this checkout has no model in assets/")
+def test_presets_of_a_world(capfd) -> None:
+    exact, small = load_world("freedoom", "cpu"), load_world("freedoom", "cpu", "small")
+    assert (exact.transformer.dtype, small.transformer.dtype) == (torch.float32, torch.bfloat16)
+    assert load_world("freedoom", "cpu", "fast").transformer.dtype == torch.float32, "quicker on a GPU only"
+    assert world_dtype("fast", "cuda") == torch.bfloat16
+    drawn = []
+    for pipe in (exact, small):
+        with pipe.stream(pipe.worlds[0], generator=torch.Generator().manual_seed(0)) as session:
+            drawn.append(session.step()[0].data)
+        assert pipe.arena.dtype == pipe.transformer.dtype
+    assert 0 < (drawn[0] - drawn[1]).abs().mean() < 0.02
+    assert memory_plan("freedoom", preset="small").total == memory_plan("freedoom").total // 2
+    assert "kept in float32" not in capfd.readouterr().err
+
+
 def test_an_image_pipeline_redraws_a_video(video, monkeypatch, capsys) -> None:
     """Told from a world by what its folder says; with a prompt, which it needs."""
     from millstream.ui import live_image
@@ -236,7 +254,7 @@ def test_an_image_pipeline_redraws_a_video(video, monkeypatch, capsys) -> None:
     monkeypatch.setattr("millstream.ui.commands.live.load_live_image", lambda arguments: Redraws())
     words = ["live", "--model", "turbo", "--video", str(video), "-o", "out.mp4"]
     assert cli.main(words) == 2
-    assert "needs a prompt; say what to draw with --prompt" in capsys.readouterr().err
+    assert "say what to draw with --prompt" in capsys.readouterr().err
     assert cli.main([*words, "--prompt", "a fox", "--follow-motion", "0.5"]) == 2
     assert "--follow-motion is for worlds" in capsys.readouterr().err
     assert cli.main([*words, "--prompt", "a fox", "--steps", "2", "--guidance", "self", "--guidance-scale", "1.4"]) == 0

@@ -84,3 +84,96 @@ def test_run_redraws_a_video_begins_with_a_picture_and_follows_a_timeline(folder
     assert "shots.mp4: 34 frames" in capsys.readouterr().out, "13 from the picture on, 12, and 9 of the new shot"
     assert run(folder, "--image", tmp_path / "none.png", "-o", tmp_path / "x.mp4") == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_live_redraws_a_video_with_a_video_model(folder, tmp_path, capsys):
+    film = tmp_path / "film.mp4"
+    assert run(folder, "--frames", 21, "-o", film) == 0
+    capsys.readouterr()
+    words = ["live", "--video", str(film), "--model", str(folder), "--device", "cpu", "--prompt", "a corgi surfs"]
+    out = tmp_path / "out.mp4"
+    assert cli.main([*words, "--strength", "0.6", "-o", str(out)]) == 0
+    assert "out.mp4: 21 frames (1.3 s at 16 frames/s)" in capsys.readouterr().out, "one for each, none twice"
+    assert cli.main([*words, "--strength", "0.6", "-o", str(out), "--seconds", "0.75"]) == 0
+    assert "out.mp4: 12 frames (0.8 s at 16 frames/s)" in capsys.readouterr().out, "9, and 3 of a chunk of 12"
+    assert VideoFile(out).read().data.shape == (3, 64, 128)
+
+
+def test_live_shows_a_video_model_in_step_with_its_source(folder, tmp_path, capsys, monkeypatch):
+    from millstream.streaming import Chunk, Recorder
+
+    shown = []
+    film = tmp_path / "film.mp4"
+    with Recorder(film, rate=25) as recorder:
+        recorder.write(Chunk("video", torch.rand(50, 3, 16, 32), 0, 25, 0, 0.0))
+
+    class Screen:
+        closed = False
+
+        def steers(self, session, worlds):
+            assert worlds == ()
+
+        def write(self, chunk):
+            shown.append(chunk)
+
+        def close(self): ...
+
+    monkeypatch.setattr("millstream.ui.commands.live.SteeringWindow", Screen)
+    words = ["live", "--video", str(film), "--model", str(folder), "--device", "cpu", "--prompt", "a corgi surfs"]
+    assert cli.main(words) == 0
+    pictures = sum(len(chunk.data) for chunk in shown)
+    assert pictures == pytest.approx(32, abs=3), "two seconds at the model's own 16 a second"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say what to draw with --prompt"),
+        (["--prompt", "a fox", "--stream-batch"], "--stream-batch is for worlds"),
+        (["--prompt", "a fox", "--steps", "3"], "--steps is for worlds"),
+        (["--prompt", "a fox", "--recipe", "krae"], "there is no recipe 'krae'"),
+        (["--prompt", "a fox", "--preset", "slow"], "there is no preset 'slow'; there are exact, fast, small"),
+    ],
+)
+def test_what_a_video_model_has_not_is_refused(folder, tmp_path, capsys, words, message):
+    from millstream.streaming import Chunk, Recorder
+
+    with Recorder(tmp_path / "in.mp4", rate=25) as recorder:
+        recorder.write(Chunk("video", torch.rand(2, 3, 16, 32), 0, 25, 0, 0.0))
+    asked = ["live", "--video", str(tmp_path / "in.mp4"), "-o", str(tmp_path / "out.mp4"), "--model", str(folder)]
+    assert cli.main([*asked, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_clip_of_a_video_model_for_the_page(folder, tmp_path):
+    from PIL import Image
+
+    from millstream.pipelines.video import VideoPipeline
+    from millstream.ui.page.clips import ClipRequest, make_clip
+
+    pipe, told = VideoPipeline.from_pretrained(folder), []
+
+    def clip(**changes):
+        request = ClipRequest(**{"prompt": "a corgi surfs", "num_frames": 13, **changes})
+        return make_clip(pipe, request, tmp_path / "c.mp4", most=40, progress=lambda *at: told.append(at))[0]
+
+    assert clip() == 13
+    assert told[-1] == (13, 13)
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
+    assert clip(upload=tmp_path / "red.png") == 13
+    first = VideoFile(tmp_path / "c.mp4").read().data.mean((1, 2))
+    assert first[0] > first[2] + 0.1, "it begins with the picture"
+    (tmp_path / "c.mp4").rename(tmp_path / "film.mp4")
+    assert clip(upload=tmp_path / "film.mp4", strength=0.5, num_frames=0) == 13, "though a chunk takes 9, then 12"
+    for changes in ({"keys": "KeyW"}, {"num_inference_steps": 4}, {"guidance_scale": 3.0}):
+        with pytest.raises(ValueError, match=r"has no keys|fixed by this model's recipe"):
+            clip(**changes)
+
+
+def test_the_page_counts_a_video_model_in_the_way_it_would_be_loaded(folder):
+    from millstream.ui.page.memory import memory_plan
+
+    usual, longer = memory_plan(str(folder)), memory_plan(str(folder), "self_forcing")
+    assert usual.weights["transformer"] == longer.weights["transformer"]
+    assert longer.cache > usual.cache, "21 frames instead of 12"
+    assert "there is no recipe" in memory_plan(str(folder), "krae").note

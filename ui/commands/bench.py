@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..keys import KeyScript
 from ..machine import machine, peak_memory, versions
-from ..world import check_prompt, load_world, positive_integer
+from ..world import attend_as, check_prompt, load_world, positive_integer
 from .demo import PROMPTS, WALK
 from .run import add_world_options
 
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_prompt(arguments.prompt)
     start = time.perf_counter()
     pipe = load_world(arguments.model, arguments.device)
+    attend_as(pipe, arguments.attention)
     loading = time.perf_counter() - start
     report = {
         "command": "millstream bench",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..keys import KeyScript
-from ..world import check_recording, load_world, positive_seconds, record
+from ..world import attend_as, check_recording, load_world, positive_seconds, record
 from .run import add_world_options
 
 PROMPTS = ("a tan brick hall with pink worms and demons", "a grey stone maze on green slime with medkits")
@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_recording(arguments.output)
     pipe = load_world(arguments.model, arguments.device)
+    attend_as(pipe, arguments.attention)
     script = KeyScript.parse(WALK, pipe.key_map)
     frames = max(2, round(arguments.seconds * pipe.rate))
     first, second = PROMPTS

@@ -1,6 +1,6 @@
 """`millstream live`: a camera, a video or a stream from the network is redrawn, in a window or a file.
 
-By a world, or by a diffusers image pipeline: the model's folder tells which.
+By a world, a video model or a diffusers image pipeline: the model's folder tells which.
 """
 
 from __future__ import annotations
@@ -12,18 +12,30 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from ..live import SteeringWindow, enlargement, hear, translate
+from ..live import SteeringWindow, hear, translate
 from ..live_image import add_image_options, control_of, is_image_model, load_live_image
-from ..world import check_prompt, check_recording, load_world, positive_seconds, say_nearest
+from ..video import add_video_options, is_video_model, load_video
+from ..world import attend_as, check_prompt, check_recording, load_world, positive_seconds, say_nearest, scale_of
 from .run import add_world_options
 
 if TYPE_CHECKING:
     from ...pipelines.live_image import LiveImagePipeline
+    from ...pipelines.video import VideoPipeline
     from ...pipelines.world import WorldPipeline
     from ...streaming import Camera, NetworkCamera, Session, Source, VideoFile, VirtualCamera
 
 STRENGTH = 0.4  # by eye: enough to be the world, little enough to follow the camera
-HALF = 0.5  # of an image pipeline's steps, which are few
+IMAGE_STRENGTH = 0.5  # of an image pipeline's steps, which are few
+VIDEO_STRENGTH = 0.8  # of StreamDiffusionV2's demo; its recipe takes no less than 0.7
+WORLDS, VIDEOS, IMAGES = "worlds", "video models", "image pipelines"
+READERS = {  # of the options that not every model reads, who does
+    **dict.fromkeys(("follow_motion", "stream_batch"), (WORLDS,)),
+    **dict.fromkeys(("skip_similar", "steps"), (WORLDS, IMAGES)),
+    **dict.fromkeys(("preset", "attention"), (WORLDS, VIDEOS)),
+    **dict.fromkeys(("recipe", "checkpoint", "lora", "decoder"), (VIDEOS,)),
+    **dict.fromkeys(("size", "dtype"), (VIDEOS, IMAGES)),
+    **dict.fromkeys(("guidance", "guidance_scale", "negative_prompt", "tiny", "compile"), (IMAGES,)),
+}
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
@@ -31,7 +43,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "live",
         help="redraw a camera, a video or a network stream while you watch",
-        description="For example: millstream live --camera 0 --prompt 'a brick corridor with soldiers'",
+        description="For example: millstream live --camera 0 --prompt 'a brick corridor with soldiers', or "
+        "millstream live --camera 0 --model PATH --recipe streamdiffusion_v2 --prompt 'a watercolour'",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--camera", type=camera_number, metavar="N", help="a webcam by number (default: 0)")
@@ -44,12 +57,17 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--virtual-camera", action="store_true", help="offer the picture to other programs; no window")
     parser.add_argument("--window", action="store_true", help="open a window besides -o or --virtual-camera")
     parser.add_argument(
-        "--strength", type=share, help=f"0 keeps the picture, 1 ignores it (default: {STRENGTH}, image models {HALF})"
+        "--strength",
+        type=share,
+        help=f"0 keeps the picture, 1 ignores it (default: {STRENGTH} for worlds, {IMAGE_STRENGTH} for image pipelines,"
+        f" {VIDEO_STRENGTH} for video models)",
     )
-    parser.add_argument("--follow-motion", type=share, default=0.0, help="share of it that fast motion takes off")
-    parser.add_argument("--skip-similar", type=share, help="likeness above which pictures may be skipped: 0.98")
-    parser.add_argument("--stream-batch", action="store_true", help="several frames in one pass: faster, a bit later")
+    worlds = parser.add_argument_group("worlds")
+    worlds.add_argument("--follow-motion", type=share, default=0.0, help="share of it that fast motion takes off")
+    worlds.add_argument("--skip-similar", type=share, help="likeness above which pictures may be skipped: 0.98")
+    worlds.add_argument("--stream-batch", action="store_true", help="several frames in one pass: faster, a bit later")
     add_world_options(parser)
+    add_video_options(parser)
     add_image_options(parser)
     parser.set_defaults(run=run)
 
@@ -76,13 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Refuse what can be refused before the model is loaded; then go."""
     from ...streaming import VideoFile
 
-    images = is_image_model(arguments.model)
-    settings = check(arguments, images)
+    kind = kind_of(arguments)
+    settings = check(arguments, kind)
     with ExitStack() as at_end, ExitStack() as if_refused:
         source = open_source(arguments)
         if_refused.callback(source.close)
         window, virtual = open_views(arguments, if_refused)
-        pipe = load(arguments, images)
+        pipe = load(arguments, kind)
         prompt = arguments.prompt or pipe.worlds[0]
         import torch
 
@@ -95,26 +113,52 @@ def run(arguments: argparse.Namespace) -> int:
         return go(arguments, pipe, source, session, window, virtual)
 
 
-def load(arguments: argparse.Namespace, images: bool) -> Any:
-    """The pipeline, warm if it will be watched."""
-    if images:
+def kind_of(arguments: argparse.Namespace) -> str:
+    """Who is asked to draw, by what the model's folder says."""
+    if is_video_model(arguments):
+        return VIDEOS
+    return IMAGES if is_image_model(arguments.model) else WORLDS
+
+
+def load(arguments: argparse.Namespace, kind: str) -> Any:
+    """The pipeline, on its device."""
+    if kind == VIDEOS:
+        return load_video(arguments)
+    if kind == IMAGES:
         return load_live_image(arguments)
-    pipe = load_world(arguments.model, arguments.device)
+    pipe = load_world(arguments.model, arguments.device, arguments.preset)
+    attend_as(pipe, arguments.attention)
     say_nearest(pipe, arguments.prompt or pipe.worlds[0])
     return pipe
 
 
-def check(arguments: argparse.Namespace, images: bool = False) -> dict[str, Any]:
+def check(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
     """What the session is opened with, if everything that was asked for goes together."""
-    from ...streaming import WorldControl
-    from ...streaming.snapshot import control_fields
+    from ...pipelines.presets import find_preset
 
+    for option, readers in READERS.items():
+        if getattr(arguments, option) and kind not in readers:
+            raise ValueError(f"--{option.replace('_', '-')} is for {' and '.join(readers)}; this model is none of them")
     if arguments.prompt is not None:
         check_prompt(arguments.prompt)
+    elif kind != WORLDS:
+        raise ValueError(f"{kind} have no world of their own to fall back on; say what to draw with --prompt")
+    if arguments.preset is not None:
+        find_preset(arguments.preset)
     if arguments.loop and arguments.video is None:
         raise ValueError("--loop needs --video: only a file has an end to begin again from")
     if arguments.loop and arguments.output is not None and arguments.seconds is None:
         raise ValueError("--loop with -o would never end; say how long with --seconds")
+    settings = {WORLDS: world_settings, VIDEOS: video_settings, IMAGES: image_settings}[kind](arguments)
+    if arguments.output is not None:
+        check_recording(arguments.output)
+    return settings
+
+
+def world_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a world's session is opened with."""
+    from ...streaming import WorldControl
+
     settings: dict[str, Any] = {
         "num_inference_steps": arguments.steps,
         "strength": STRENGTH if arguments.strength is None else arguments.strength,
@@ -122,14 +166,21 @@ def check(arguments: argparse.Namespace, images: bool = False) -> dict[str, Any]
         "skip_similar": arguments.skip_similar,
         "follow_motion": arguments.follow_motion,
     }
-    if images:
-        control = control_of(arguments, HALF if arguments.strength is None else arguments.strength)
-        settings = {name: value for name, value in control_fields(control).items() if name not in ("prompt", "version")}
-    else:
-        WorldControl(**settings)
-    if arguments.output is not None:
-        check_recording(arguments.output)
+    WorldControl(**settings)
     return settings
+
+
+def video_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a video model's session is opened with: its recipe says the rest."""
+    return {"strength": VIDEO_STRENGTH if arguments.strength is None else arguments.strength}
+
+
+def image_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What an image pipeline's session is opened with."""
+    from ...streaming.snapshot import control_fields
+
+    control = control_of(arguments, IMAGE_STRENGTH if arguments.strength is None else arguments.strength)
+    return {name: value for name, value in control_fields(control).items() if name not in ("prompt", "version")}
 
 
 def open_source(arguments: argparse.Namespace) -> Camera | VideoFile | NetworkCamera:
@@ -157,7 +208,7 @@ def open_views(
 
 def go(
     arguments: argparse.Namespace,
-    pipe: WorldPipeline | LiveImagePipeline,
+    pipe: WorldPipeline | VideoPipeline | LiveImagePipeline,
     source: Source,
     session: Session,
     window: SteeringWindow | None,
@@ -169,7 +220,7 @@ def go(
     sinks: list[Sink] = [sink for sink in (window, virtual) if sink is not None]
     recorder = None
     if arguments.output is not None:
-        recorder = Recorder(arguments.output, rate=pipe.rate, scale=enlargement(pipe.size))
+        recorder = Recorder(arguments.output, rate=pipe.rate, scale=scale_of(pipe.size))
         sinks.append(Steady(recorder, rate=pipe.rate))
     if window is not None:
         worlds = getattr(pipe, "worlds", ())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..window import Window
-from ..world import check_prompt, load_world, say_nearest
+from ..world import attend_as, check_prompt, load_world, say_nearest
 from .run import add_world_options
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     window = Window("millstream")
     try:
         pipe = load_world(arguments.model, arguments.device)
+        attend_as(pipe, arguments.attention)
         prompt = arguments.prompt or pipe.worlds[0]
         say_nearest(pipe, prompt)
         print(help_text(pipe))

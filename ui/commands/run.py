@@ -8,6 +8,7 @@ from pathlib import Path
 from ..keys import KeyScript
 from ..video import add_video_options, is_video_model, run_video
 from ..world import (
+    attend_as,
     check_prompt,
     check_recording,
     load_world,
@@ -49,6 +50,7 @@ def add_world_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that draws a world."""
     parser.add_argument("--model", default="freedoom", help="a shipped model or a model's folder (default: freedoom)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--attention", help='the planner of self-attention: "window(8,3,3)", "pisa(density=0.3)", ...')
     parser.add_argument("--steps", type=positive_integer, help="sampler steps per frame (default: the model's own)")
     parser.add_argument("--seed", type=seed_integer, default=0, help="same seed and keys, same frames (default: 0)")
 
@@ -61,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     prompt = check_prompt(arguments.prompt)
     check_recording(arguments.output)
-    pipe = load_world(arguments.model, arguments.device)
+    pipe = load_world(arguments.model, arguments.device, arguments.preset)
+    attend_as(pipe, arguments.attention)
     script = KeyScript.parse(arguments.keys, pipe.key_map)
     say_nearest(pipe, prompt)
     generator = torch.Generator().manual_seed(arguments.seed)

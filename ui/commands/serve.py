@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..video import add_video_options, is_video_model, load_video
 from ..world import load_world, pick_device, positive_integer, positive_seconds
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         dest="models",
         help="a shipped model or a model's folder (default: freedoom); given again, the page can change to that one",
     )
-    parser.add_argument("--recipe", help="run --model as a video model, the way of this recipe: self_forcing, ...")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     parser.add_argument("--port", type=port_number, default=PORT, help="default: %(default)s; 0 takes any free one")
@@ -57,6 +57,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         metavar="N or MIN-MAX",
         help="replicas of --ray, each with a GPU of its own if there is one; a range follows the number of viewers",
     )
+    add_video_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -84,23 +85,28 @@ def run(arguments: argparse.Namespace) -> int:
         return run_on_ray(arguments, settings)
     listener = listen(settings.host, arguments.port)
     try:
+        from ...pipelines.presets import PRESETS
+        from ...pipelines.recipes import RECIPES
         from ..page import PageSettings
         from ..server.app import create_app
         from ..server.swap import Swap
 
-        def load(model: str, recipe: str) -> Servable:
-            return load_pipeline(model, arguments.device, recipe or None)
+        def load(model: str, recipe: str, preset: str) -> Servable:
+            return load_pipeline(arguments, model, recipe, preset)
 
         models = tuple(dict.fromkeys(arguments.models or [MODEL]))
-        several = len(models) > 1
+        videos = any(is_video_model(chosen(arguments, model, settings.recipe, "")) for model in models)
         page = PageSettings(
             model=settings.model,
-            models=models if several else (MODEL,),
+            models=models,
             recipe=settings.recipe,
+            recipes=tuple(RECIPES) if videos else (),
+            preset=settings.preset,
+            presets=tuple(PRESETS),
             pipeline=lambda: app.state.sessions.pipe,
-            load=Swap(lambda: app.state.sessions, load) if several else None,
+            load=Swap(lambda: app.state.sessions, load),
         )
-        app = create_app(load(settings.model, settings.recipe), settings, page=page)
+        app = create_app(load(settings.model, settings.recipe, settings.preset), settings, page=page)
         address = address_of(settings, listener.getsockname()[1])
         print_welcome(settings, address)
         make_server(app, app.state.sessions, address if arguments.open else None).run(sockets=[listener])
@@ -109,22 +115,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_pipeline(model: str, device: str, recipe: str | None) -> Servable:
-    """A world, or with `recipe` a video model.
+def chosen(arguments: argparse.Namespace, model: str, recipe: str, preset: str) -> argparse.Namespace:
+    """The arguments as if this choice had been typed. Weights that were named beside the first model are its own."""
+    own = {"model": model, "recipe": recipe or None, "preset": preset or None}
+    if model != (arguments.models or [MODEL])[0]:
+        own |= {"checkpoint": None, "lora": None, "decoder": None}
+    return argparse.Namespace(**{**vars(arguments), **own})
+
+
+def load_pipeline(arguments: argparse.Namespace, model: str, recipe: str, preset: str) -> Servable:
+    """A world or a video model.
 
     Raises:
-        FileNotFoundError, ValueError: no such model, recipe or device, or weights that don't fit.
+        FileNotFoundError, ValueError: no such model, recipe, preset or device, or weights that don't fit.
     """
-    if recipe is None:
-        return load_world(model, device)
-    import torch
-
-    from ...pipelines.recipes import find_recipe
-    from ...pipelines.video import VideoPipeline
-
-    chosen, place = find_recipe(recipe), pick_device(device)
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-    return VideoPipeline.from_pretrained(model, recipe=chosen, torch_dtype=dtype).to(place)
+    choice = chosen(arguments, model, recipe, preset)
+    if is_video_model(choice):
+        return load_video(choice)
+    return load_world(model, arguments.device, choice.preset)
 
 
 def run_on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -137,11 +145,14 @@ def run_on_ray(arguments: argparse.Namespace, settings: Settings) -> int:
     ray_serve.import_ray()
     with listen(settings.host, arguments.port) as listener:  # Ray would say it in a hundred lines
         port = listener.getsockname()[1]
-    model, device, recipe = settings.model, arguments.device, arguments.recipe
-    gpus = 1.0 if pick_device(device).type == "cuda" else 0.0
+    gpus = 1.0 if pick_device(arguments.device).type == "cuda" else 0.0
     try:
         ray_serve.start(
-            lambda: load_pipeline(model, device, recipe), settings, port=port, replicas=arguments.replicas, gpus=gpus
+            lambda: load_pipeline(arguments, settings.model, settings.recipe, settings.preset),
+            settings,
+            port=port,
+            replicas=arguments.replicas,
+            gpus=gpus,
         )
         address = address_of(settings, port)
         print_welcome(settings, address)
@@ -157,12 +168,18 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     """The command line as settings.
 
     Raises:
-        ValueError: an address for others without a token, or a token that can be guessed.
+        ValueError: an address for others without a token, a token that can be guessed, an unknown recipe or preset.
         OSError: the folder for recordings can't be written.
     """
+    from ...pipelines.presets import find_preset
+    from ...pipelines.recipes import find_recipe
     from ..server.security import check_exposure
     from ..server.settings import Settings
 
+    if arguments.recipe is not None:
+        find_recipe(arguments.recipe)
+    if arguments.preset is not None:
+        find_preset(arguments.preset)
     token = secrets.token_urlsafe(16) if arguments.token == "" else arguments.token
     check_exposure(arguments.host, token)
     for origin in arguments.origin:
@@ -172,6 +189,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     return Settings(
         model=(arguments.models or [MODEL])[0],
         recipe=arguments.recipe or "",
+        preset=arguments.preset or "",
         host=arguments.host,
         token=token,
         origins=tuple(arguments.origin),

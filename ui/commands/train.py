@@ -16,6 +16,12 @@ RECIPES = {
     "emoji": "train the model that draws pictures from words",
     "emoji-pack": "put both into one small folder",
     "emoji-evaluate": "measure whether the drawn pictures are recognised",
+    "speech-data": "let flite's voices speak, with the time of every sound",
+    "speech-codec": "train the audio codec",
+    "speech-words": "train the model that tells how words are pronounced",
+    "speech": "train the model that speaks",
+    "speech-pack": "put all three into one small folder",
+    "speech-evaluate": "measure whether a recogniser understands what is spoken",
 }
 USAGE = f"""usage: millstream train RECIPE ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     import fastapi
     import gradio
 
+log = logging.getLogger(__name__)
 STATIC = Path(__file__).resolve().parent / "static"
 STATIC_PATH = "/page"  # Gradio itself answers at /static and /assets
 OLDEST_GRADIO = (6, 27)  # the first whose history of runs can be left out
 QUEUED_CLIPS = 20
+LOOK_SECONDS = 0.05
 CACHE_SECONDS = (600, 3600)  # Gradio copies clips and uploads; every ten minutes those of an hour ago go
 
 # The element exists before its modules do; they are fetched relative to the page, which may stand behind a proxy.
@@ -52,7 +55,20 @@ def build_page(settings: PageSettings) -> gradio.Blocks:
             server_functions=_server_functions(settings),
         )
         add_generate(gr, settings)
-    return page.queue(max_size=QUEUED_CLIPS, api_open=False)  # `api_open` would let calls go past the queue
+    page.queue(max_size=QUEUED_CLIPS, api_open=False)  # `api_open` would let calls go past the queue
+    _slow_down(page)
+    return page
+
+
+def _slow_down(page: gradio.Blocks) -> None:
+    """Let Gradio look for new clips 20 times a second, as it does on Windows, instead of a thousand times.
+
+    Each look wakes the event loop, and with it the interpreter's lock, which the thread that draws then waits for.
+    """
+    if not hasattr(page._queue, "sleep_when_free"):
+        log.warning("this Gradio has no sleep_when_free; its idle queue may slow the stream down")
+        return
+    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = LOOK_SECONDS
 
 
 def mount_page(app: fastapi.FastAPI, settings: PageSettings) -> fastapi.FastAPI:
@@ -100,7 +116,7 @@ def _server_functions(settings: PageSettings) -> list[Any]:
         words = ["millstream", "serve", "--model", model]
         for option, value in (("--recipe", recipe), ("--preset", preset)):
             words += [option, value] if value else []
-        return memory_plan(model).as_json() | {"command": shlex.join(words)}
+        return memory_plan(model, recipe, preset).as_json() | {"command": shlex.join(words)}
 
     def load(choice: object) -> dict[str, str]:
         """Swap the served model; "error" says why not."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...streaming.live import pictures_per_chunk
 from ..keys import KeyScript
 from ..server.protocol import MAX_STEPS
 from ..world import VIDEO_SCALE, check_prompt
@@ -65,6 +66,7 @@ def make_clip(
         ValueError, TypeError: something in `request` is out of range; says what, and the range.
     """
     from ...streaming import Frame, Recorder
+    from .video_clips import make_video
 
     least = 1 if request.upload is None else 0
     if not least <= request.num_frames <= most:
@@ -74,6 +76,8 @@ def make_clip(
     if (request.num_inference_steps or 0) > MAX_STEPS:
         raise ValueError(f"steps per frame must be at most {MAX_STEPS}, got {request.num_inference_steps}")
     prompt = check_prompt(request.prompt)
+    if pictures_per_chunk(pipe) > 1:
+        return make_video(pipe, request, prompt, output, most=most, progress=progress)
     held = _keys(pipe, request.keys)
     shown = []
     if request.upload is not None:

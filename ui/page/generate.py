@@ -141,7 +141,7 @@ def _drawer(gr: Any, settings: PageSettings, wanted: set[str]) -> Any:
                 seed=int(_given("seed", seed)),
                 num_inference_steps=int(steps or 0) or None,
                 guidance_scale=float(_given("guidance", guidance)),
-                keys=keys,
+                keys="" if keys == EXAMPLE_KEYS and not hasattr(pipe, "key_map") else keys,
                 upload=Path(upload) if upload else None,
                 strength=float(_given("strength", strength)),
             )

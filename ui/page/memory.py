@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..world import shipped_models
+from ..video import VIDEO_MODELS
+from ..world import shipped_models, world_dtype
 
-FLOAT_BYTES = 4  # weights are loaded and keys are kept in float32 unless a recipe says otherwise
+PARTS = {"prompts": "prompts", "codec": "codec", "working": "working memory, about"}
 PIXELS_PER_TOKEN = 256  # 8 x 8 by the codec, 2 x 2 by the patches
 MAX_HEADER = 64 << 20
 SCALE = ".scale"  # belongs to a packed weight, and is gone once that is unpacked
@@ -45,17 +46,43 @@ class MemoryPlan:
         return asdict(self) | {"total": self.total, "fits": self.total <= self.free}
 
 
-def memory_plan(model: str) -> MemoryPlan:
-    """The plan for a shipped model, a folder, or a repository that has been downloaded. Loads and downloads nothing."""
+def memory_plan(model: str, recipe: str = "", preset: str = "") -> MemoryPlan:
+    """The plan for a shipped model, a folder, or a repository that has been downloaded. Loads and downloads nothing.
+
+    Args:
+        recipe, preset: how it would be loaded; "" is the model's own way.
+    """
     device, free = free_memory()
     folder = _folder(model)
     if folder is None:
         note = "Not downloaded yet, so its size is not known before the first load."
         return MemoryPlan(model, {}, 0, free, device, note)
-    weights = {part: size for part in _components(folder) if (size := _weight_bytes(folder / part))}
-    cache = _cache_bytes(folder)
+    kind = _read(folder / "model_index.json").get("_class_name")
+    if recipe or (kind[-1] if isinstance(kind, list) else kind) in VIDEO_MODELS:
+        return _video_plan(model, folder, recipe, preset, device, free)
+    import torch
+
+    each = world_dtype(preset or None, "cuda" if torch.cuda.is_available() else "cpu").itemsize
+    weights = {part: each * size for part in _components(folder) if (size := _numbers(folder / part))}
+    cache = each * _cache_numbers(folder)
     note = "" if cache else "What its frames take in memory is decided when it loads."
     return MemoryPlan(model, weights, cache, free, device, note)
+
+
+def _video_plan(model: str, folder: Path, recipe: str, preset: str, device: str, free: int) -> MemoryPlan:
+    """Counted by the pipeline itself, from the headers of its files."""
+    import torch
+
+    from ...pipelines.memory import plan_for
+
+    chosen: dict[str, Any] = {"recipe": recipe or None, "preset": preset or None}
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    try:
+        _, plan = plan_for(folder, torch_dtype=dtype, **{name: value for name, value in chosen.items() if value})
+    except (ValueError, OSError) as error:
+        return MemoryPlan(model, {}, 0, free, device, f"It can't be loaded this way: {error}")
+    rest = {words: size for part, words in PARTS.items() if (size := getattr(plan, part))}
+    return MemoryPlan(model, plan.weights | rest, plan.kv, free, device)
 
 
 def free_memory() -> tuple[str, int]:
@@ -93,12 +120,12 @@ def _components(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def _weight_bytes(folder: Path) -> int:
-    return sum(_tensor_bytes(path) for path in sorted(folder.glob("*.safetensors")))
+def _numbers(folder: Path) -> int:
+    return sum(_numbers_in(path) for path in sorted(folder.glob("*.safetensors")))
 
 
-def _tensor_bytes(path: Path) -> int:
-    """Bytes of a safetensors file's tensors once loaded: every number becomes a float."""
+def _numbers_in(path: Path) -> int:
+    """How many numbers a safetensors file holds; packed or not, each becomes a float once loaded."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER:
@@ -111,18 +138,18 @@ def _tensor_bytes(path: Path) -> int:
             for side in entry["shape"]:
                 count *= side
             numbers += count
-    return numbers * FLOAT_BYTES
+    return numbers
 
 
-def _cache_bytes(folder: Path) -> int:
-    """Keys and values of every remembered frame, for a world; 0 where the folder does not say."""
+def _cache_numbers(folder: Path) -> int:
+    """Of the keys and values of every remembered frame, for a world; 0 where the folder does not say."""
     index, config = _read(folder / "model_index.json"), _read(folder / "transformer" / "config.json")
     if not {"window", "size"} <= index.keys() or "num_layers" not in config:
         return 0
     height, width = index["size"]
     tokens = height * width // PIXELS_PER_TOKEN
     channels = config["num_attention_heads"] * config["attention_head_dim"]
-    return 2 * config["num_layers"] * index["window"] * tokens * channels * FLOAT_BYTES
+    return 2 * config["num_layers"] * index["window"] * tokens * channels
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...streaming import Chunk, Control, Frame, Latest, Snapshot
+from ...streaming.live import pictures_per_chunk
 from .contract import Mode, Picture, Saved, Servable, Viewer
 from .history import History, parked, size_of
 from .recordings import Recording
@@ -37,7 +38,8 @@ class Seat:
         name: what the server calls it, in logs and folders. No secret.
         secret: whoever has it owns the seat.
         session: the stream; steer it from any thread.
-        inbox: camera pictures for the next step; the newest wins.
+        inbox: camera pictures for the next step, or for the next few of a pipeline that answers several at once; the
+            newest win.
         due: monotonic second of the next step; None until the engine has found a beat to join.
     """
 
@@ -48,7 +50,7 @@ class Seat:
         self.session = pipe.stream(prompt, generator=self._generator)
         self.name = secrets.token_hex(6)
         self.secret = secrets.token_urlsafe(24)
-        self.inbox: Latest[Frame] = Latest()
+        self.inbox: Latest[Frame] = Latest(pictures_per_chunk(pipe))
         self.viewer: Viewer | None = None
         self.recording: Recording | None = None
         self.due: float | None = None
@@ -166,9 +168,11 @@ class Seat:
             self._played = start + seconds
         pictures = []
         for index, data in enumerate(chunk.data):
-            when = chunk.time * 1000 if captured is None else captured
             later = index / chunk.rate
-            pictures.append((start + later, Picture(data, chunk.version, self.frame, when + later * 1000)))
+            # a chunk bears the time of the last picture it answers; the others were taken before, at the stream's rate
+            before = (count - 1 - index) / chunk.rate
+            when = (chunk.time + later) * 1000 if captured is None else captured - before * 1000
+            pictures.append((start + later, Picture(data, chunk.version, self.frame, when)))
             self.frame += 1
         return pictures
 

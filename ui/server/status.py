@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...streaming import MAX_PROMPT_CHARACTERS
+from ...streaming.live import pictures_per_chunk
 from .contract import Servable
 from .eye import Eye
 from .outbox import Outbox
@@ -22,6 +23,7 @@ def describe(pipe: Servable) -> dict[str, Any]:
         "rate": pipe.rate,
         "worlds": list(getattr(pipe, "worlds", ())),
         "keys": dict(getattr(pipe, "key_map", {})),
+        "pictures": pictures_per_chunk(pipe),
     }
 
 

@@ -15,10 +15,10 @@ class Swap:
 
     Args:
         sessions: gives those of the server, which is made after the page that calls this.
-        load: (model, recipe) -> pipeline.
+        load: (model, recipe, preset) -> pipeline.
     """
 
-    def __init__(self, sessions: Callable[[], Sessions], load: Callable[[str, str], Servable]) -> None:
+    def __init__(self, sessions: Callable[[], Sessions], load: Callable[[str, str, str], Servable]) -> None:
         self._sessions, self._load = sessions, load
         self._busy = Lock()
 
@@ -32,9 +32,9 @@ class Swap:
         if not self._busy.acquire(blocking=False):
             raise ValueError("another model is being loaded; try again in a moment")
         try:
-            plan = memory_plan(model)
+            plan = memory_plan(model, recipe, preset)
             if plan.total > plan.free:
                 raise ValueError(f"{model} takes {plan.total >> 20} MB, and {plan.free >> 20} MB are free")
-            self._sessions().swap(self._load(model, recipe), model, recipe, preset)
+            self._sessions().swap(self._load(model, recipe, preset), model, recipe, preset)
         finally:
             self._busy.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from millstream.streaming import Chunk, Recorder, VideoFile
+from millstream.ui.page import PageSettings
+from millstream.ui.server.settings import Settings
 
 CAMERA_RGB = (200, 60, 30)
 TOLERANCE = 24  # JPEG and video code colour coarsely
@@ -83,6 +86,36 @@ def test_one_camera_picture_at_a_time_is_unanswered(camera: Any, world: Any, ser
         assert seat.inbox.dropped == 0
     finally:
         world.slow = 0.0
+
+
+def test_a_model_that_answers_four_pictures_at_once_gets_them_all(look: Any, serve: Any, world: Any, wait: Any) -> None:
+    class Fours(type(world)):
+        pictures_per_chunk = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.waiting: list[Any] = []
+
+        def advance(self, states: Any, controls: Any, media: Any) -> Any:
+            self.waiting.append(media[0])
+            if len(self.waiting) < 4:
+                return [[]]
+            drawn = [self.draw(states[0], controls[0], frame) for frame in self.waiting]
+            self.waiting.clear()
+            return [[replace(drawn[-1], data=torch.cat([chunk.data for chunk in drawn]), start=drawn[0].start)]]
+
+    four = Fours()
+    running = serve(four, Settings(model="four"), PageSettings(model="four", models=("four",)))
+    view = look(running.url)
+    view.page.click("#tab-camera")
+    view.page.click(".cover-button:text('Use the camera')")
+    wait(lambda: near(view.colour("upper"), tuple(255 - channel for channel in CAMERA_RGB)))
+    view.page.wait_for_timeout(2500)
+    assert float(view.status.partition(" fps")[0]) > 0.6 * four.rate
+    (seat,) = (seat for seat in running.sessions.seats if seat.viewer is not None)
+    assert seat.inbox.dropped < 5
+    assert near(view.colour("upper", ".before canvas"), CAMERA_RGB)
+    running.close()
 
 
 def test_a_video_file_takes_the_cameras_place(camera: Any, wait: Any, tmp_path: Path) -> None:

@@ -278,7 +278,8 @@ def test_the_newest_picture_wins_and_the_best_clock_sample_counts(view: Any) -> 
       const source = new OffscreenCanvas(8, 8);
       source.getContext("2d").fillRect(0, 0, 8, 8);
       const picture = await source.convertToBlob({ type: "image/jpeg" });
-      for (let number = 0; number < 6; number++) screen.offer({ number, picture, version: 1, time: 0 });
+      const bytes = { type: picture.type, data: new Uint8Array(await picture.arrayBuffer()) };
+      for (let number = 0; number < 6; number++) screen.offer({ number, picture: bytes, version: 1, time: 0 });
       await new Promise((resolve) => setTimeout(resolve, 400));
       const clock = new Clock();
       clock.answer(1000, 5060, 1100); // 100 ms there and back: anything from 4960 to 5060 ahead fits

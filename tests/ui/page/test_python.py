@@ -209,3 +209,9 @@ def test_the_page_stands_without_a_pipeline() -> None:
     assert script.status_code == 200
     assert "javascript" in script.headers["content-type"]
     assert client.get("/page/../build.py").status_code == 404
+
+
+def test_gradio_looks_for_clips_now_and_then_and_not_a_thousand_times_a_second() -> None:
+    queue = build_page(PageSettings(model="x"))._queue
+    assert queue.sleep_when_free >= 0.05
+    assert queue.progress_update_sleep_when_free >= 0.05

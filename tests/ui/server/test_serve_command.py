@@ -81,7 +81,7 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 from conftest import FakePipeline
 import millstream.ui.commands.serve as serve
-serve.load_world = lambda name, device: FakePipeline()
+serve.load_world = lambda name, device, preset=None: FakePipeline()
 from millstream.ui.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -19,7 +19,7 @@ def test_viewers_are_told_and_begin_anew_with_the_other_model(serve, client, fak
     player.say("start")
     player.shot()
     player.acks = False  # an acknowledgement after the end would hide the bye
-    Swap(lambda: running.sessions, lambda model, recipe: second)("second", "", "")
+    Swap(lambda: running.sessions, lambda *choice: second)("second", "", "")
     code, bye = player.farewell()
     assert (code, bye["message"]) == (1001, "second is loaded now")
     again = client(running)
@@ -38,12 +38,12 @@ def test_who_waits_goes_on_waiting_and_gets_the_other_model(serve, client, fake)
     waiting = client(running)
     waiting.say("hello", protocol=1, mode="play", formats=["jpeg"])
     waiting.until("queued")
-    Swap(lambda: running.sessions, lambda model, recipe: fake())("second", "", "")
+    Swap(lambda: running.sessions, lambda *choice: fake())("second", "", "")
     assert waiting.until("welcome")["model"] == "second"
 
 
 def test_a_model_that_cannot_be_loaded_changes_nothing(serve, client, fake, monkeypatch):
-    def load(model, recipe):
+    def load(*choice):
         raise OSError("there is no such model")
 
     running = serve(fake(), model="first")
@@ -53,7 +53,7 @@ def test_a_model_that_cannot_be_loaded_changes_nothing(serve, client, fake, monk
     with pytest.raises(OSError, match="no such model"):
         swap("second", "", "")
     monkeypatch.setattr(
-        swap_module, "memory_plan", lambda model: MemoryPlan(model, {"all": 9 << 30}, 0, 1 << 30, "a GPU")
+        swap_module, "memory_plan", lambda model, *_: MemoryPlan(model, {"all": 9 << 30}, 0, 1 << 30, "a GPU")
     )
     with pytest.raises(ValueError, match="second takes 9216 MB, and 1024 MB are free"):
         swap("second", "", "")
@@ -65,7 +65,7 @@ def test_a_model_that_cannot_be_loaded_changes_nothing(serve, client, fake, monk
 def test_one_model_is_loaded_at_a_time(serve, fake):
     begun, go = threading.Event(), threading.Event()
 
-    def load(model, recipe):
+    def load(*choice):
         begun.set()
         go.wait(10)
         return fake()

@@ -1,4 +1,5 @@
-// The camera, or a video file in its place: pictures go out at the model's pace, one unanswered at a time.
+// The camera, or a video file in its place: pictures go out at the model's pace, one unanswered at a time. To a model
+// that answers several at once go two lots of them: one is being drawn while the other is collected.
 
 import { packCamera } from "./wire.js";
 
@@ -16,8 +17,8 @@ export class Camera {
     this.video.playsInline = true;
     this.video.loop = true;
     this.canvas = document.createElement("canvas");
-    this.pending = null; // on its way, without an answer: {time, bitmap, sent}
-    this.answered = null; // the same once its answer has come, until that is drawn
+    this.pending = []; // on their way, without an answer: {time, bitmap, sent}, the oldest first
+    this.answered = null; // the last of them whose answer has come, until that is drawn
     this.due = 0;
     this.single = false; // one picture is wanted while the stream is paused
     this.url = null;
@@ -75,8 +76,9 @@ export class Camera {
   }
 
   forget() {
-    for (const sent of [this.pending, this.answered]) sent?.bitmap.close();
-    this.pending = this.answered = null;
+    for (const sent of [...this.pending, this.answered]) sent?.bitmap.close();
+    this.pending = [];
+    this.answered = null;
     this.due = 0;
   }
 
@@ -86,13 +88,21 @@ export class Camera {
     else requestAnimationFrame(look);
   }
 
+  /** How many pictures may be unanswered. */
+  get most() {
+    const { pictures } = this.live.welcome;
+    return pictures > 1 ? 2 * pictures : 1;
+  }
+
   /** The source has a new picture: send it if the model can take one. A camera knows when it `captured` it. */
   look(captured) {
     this.next(this.loop);
     const now = performance.now();
-    if (this.pending && now - this.pending.sent > LOST_AFTER) this.forget();
-    const wanted = this.live.mode === "camera" && (this.live.running || this.single);
-    if (!wanted || !this.live.connection.isOpen || this.pending || this.busy || this.live.connection.backlog) return;
+    const { connection, mode, running } = this.live;
+    const wanted = mode === "camera" && (running || this.single);
+    if (!wanted || !connection.isOpen || this.busy || connection.backlog) return;
+    if (this.pending.length && now - this.pending.at(-1).sent > LOST_AFTER) this.forget();
+    if (this.pending.length >= this.most) return;
     // A camera at the model's own rate comes now a little early, now a little late: on the whole it keeps its rate.
     const period = 1000 / this.live.welcome.rate;
     if (now < this.due - period / 2) return;
@@ -107,7 +117,7 @@ export class Camera {
       this.draw();
       const bitmap = await createImageBitmap(this.canvas);
       const picture = await new Promise((resolve) => this.canvas.toBlob(resolve, "image/jpeg", QUALITY));
-      this.pending = { time, bitmap, sent: performance.now() };
+      this.pending.push({ time, bitmap, sent: performance.now() });
       this.live.connection.sendBinary(packCamera(time, picture));
     } finally {
       this.busy = false;
@@ -129,17 +139,17 @@ export class Camera {
     context.drawImage(this.video, (videoWidth - w) / 2, (videoHeight - h) / 2, w, h, 0, 0, cw, ch);
   }
 
-  /** The answer to the picture captured at `time` has come: the next may go. */
+  /** The answer to the pictures captured up to `time` has come: the next may go. */
   arrived(time) {
-    if (!this.pending || this.pending.time !== time) return;
-    this.answered?.bitmap.close();
-    this.answered = this.pending;
-    this.pending = null;
+    while (this.pending.length && this.pending[0].time <= time) {
+      this.answered?.bitmap.close();
+      this.answered = this.pending.shift();
+    }
   }
 
   /** That answer is on the canvas: show beside it what it answers. */
   drawn(time) {
-    if (!this.answered || this.answered.time !== time) return;
+    if (!this.answered || this.answered.time > time) return;
     const { bitmap } = this.answered;
     this.answered = null;
     this.before.width = bitmap.width;

@@ -46,7 +46,7 @@ export class Screen {
     while (this.waiting) {
       const [frame, stream] = [this.waiting, this.stream];
       this.waiting = null;
-      const bitmap = await createImageBitmap(frame.picture).catch(() => null);
+      const bitmap = await decoded(frame.picture).catch(() => null);
       if (bitmap && stream === this.stream) this.keep({ frame, bitmap });
       else bitmap?.close();
     }
@@ -68,9 +68,10 @@ export class Screen {
     const { frame, bitmap } = this.ready;
     this.ready = null;
     const { canvas } = this;
-    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) {
-      canvas.width = bitmap.width;
-      canvas.height = bitmap.height;
+    const [width, height] = [bitmap.displayWidth ?? bitmap.width, bitmap.displayHeight ?? bitmap.height];
+    if (canvas.width !== width || canvas.height !== height) {
+      canvas.width = width;
+      canvas.height = height;
     }
     this.context.drawImage(bitmap, 0, 0);
     bitmap.close();
@@ -96,5 +97,16 @@ export class Screen {
   get age() {
     const recent = this.ages.slice(-30).sort((a, b) => a - b);
     return recent.length ? recent[recent.length >> 1] : NaN;
+  }
+}
+
+/** Bytes as something to draw. A Blob would travel to another process and back, so WebCodecs where there is one. */
+async function decoded({ type, data }) {
+  if (!globalThis.ImageDecoder) return createImageBitmap(new Blob([data], { type }));
+  const decoder = new ImageDecoder({ type, data });
+  try {
+    return (await decoder.decode()).image;
+  } finally {
+    decoder.close();
   }
 }

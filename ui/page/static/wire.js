@@ -25,6 +25,6 @@ export function unpackVideo(buffer) {
     version: header.getUint32(4, true),
     number: Number(header.getBigUint64(8, true)),
     time: header.getFloat64(16, true),
-    picture: new Blob([new Uint8Array(buffer, VIDEO_HEADER)], { type }),
+    picture: { type, data: new Uint8Array(buffer, VIDEO_HEADER) },
   };
 }

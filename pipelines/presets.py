@@ -1,0 +1,80 @@
+"""How exactly and in how much memory a pipeline draws: presets, as data beside the recipes.
+
+A recipe says how weights are run; a preset says with what arithmetic. `exact` is the reference that the others are
+measured against: `benchmarks/presets.py` prints how far each is from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Numbers = Literal["fp8", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a pipeline may give up for speed or memory. `Preset("exact")` gives up nothing.
+
+    Args:
+        name: what it is called.
+        linears: what the products of the backbone's blocks are taken in, with a scale per row of what comes in and per
+            column of the weights; None leaves weights as they are.
+        all_linears: every product of a block; otherwise only the wide ones (q, k and v in one, feed-forward), since the
+            others take as long in 8 bits.
+        reuse: attention to what lies outside a chunk is computed at the chunk's first step, kept, and merged with
+            attention inside the chunk at the later ones (`planners.FlashBlock`). The pass that remembers the chunk
+            computes everything.
+        sparse: share of the key blocks outside a chunk that are attended to where a window is long (`long_window`
+            frames or more), chosen by their means; 1 attends to all.
+        long_window: frames.
+        kv: what keys and values are kept in, with a scale per token and head; None keeps them as they are computed.
+        drop_text_encoder: let go of the text encoder once the first prompt is read.
+
+    Raises:
+        ValueError: numbers that are not known, a share out of range.
+    """
+
+    name: str
+    linears: Numbers | None = None
+    all_linears: bool = False
+    reuse: bool = False
+    sparse: float = 1.0
+    long_window: int = 21
+    kv: Numbers | None = None
+    drop_text_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("linears", "kv"):
+            if getattr(self, field) not in (None, "fp8", "int8"):
+                raise ValueError(f"{field} must be None, 'fp8' or 'int8', got {getattr(self, field)!r}")
+        if not 0 < self.sparse <= 1:
+            raise ValueError(f"sparse is the share of blocks attended to, above 0 and up to 1, got {self.sparse}")
+
+
+PRESETS: dict[str, Preset] = {}
+
+
+def add_preset(preset: Preset) -> Preset:
+    """Let `preset=NAME` find it. ValueError if another one has its name."""
+    if PRESETS.get(preset.name, preset) != preset:
+        raise ValueError(f"there is a preset {preset.name!r} already; give this one another name")
+    PRESETS[preset.name] = preset
+    return preset
+
+
+def find_preset(preset: Preset | str) -> Preset:
+    """A preset itself, or by name. ValueError for an unknown name, with those that are known."""
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}, and add_preset adds more")
+    return PRESETS[preset]
+
+
+for each in (
+    Preset("exact"),
+    Preset("fast", linears="fp8", reuse=True),
+    Preset("small", linears="int8", all_linears=True, kv="int8", drop_text_encoder=True),
+):
+    add_preset(each)
