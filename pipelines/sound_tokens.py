@@ -1,4 +1,4 @@
-"""Clips of residual codes drawn in parallel: the masked transformer as the network that `samplers.decoding_levels` asks.
+"""Clips of residual codes drawn in parallel: the network that `samplers.decoding_levels` asks.
 
 Shapes: B batch, Q levels, T frames, P frames of a prompt, K conditioning tokens.
 """
