@@ -193,10 +193,13 @@ class SelfBlock(nn.Module):
         self.query, self.key = (Heads(heads, dim // heads, normed=style.normed_heads) for _ in range(2))
         self.feed_forward = SwiGLU(dim, hidden)
 
-    def forward(self, x: Tensor, where: Where, layer: int) -> Tensor:
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, L, H, d], turned to their places."""
         q, k, v = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
-        q, k = self.query(q, where.rotary), self.key(k, where.rotary)
-        v = v.unflatten(-1, (self.key.heads, -1))
+        return self.query(q, rotary), self.key(k, rotary), v.unflatten(-1, (self.key.heads, -1))
+
+    def forward(self, x: Tensor, where: Where, layer: int) -> Tensor:
+        q, k, v = self.project(x, where.rotary)
         if where.cache is not None:
             cache = where.cache[layer]
             k, v = cache.append(k, v) if where.index is None else cache.put(where.index, k, v)
