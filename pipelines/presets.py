@@ -9,6 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
+from ..models.quantized import DTYPES, quantize_linears
+from ..models.transformer import CausalTransformer3DModel
+from ..streaming.kv_cache import EightBits
+
 Numbers = Literal["fp8", "int8"]
 
 
@@ -70,6 +76,33 @@ def find_preset(preset: Preset | str) -> Preset:
     if preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}, and add_preset adds more")
     return PRESETS[preset]
+
+
+WIDE = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ffn.net.0.proj", "ffn.net.2")  # of a block
+
+
+def apply_preset(preset: Preset, transformer: CausalTransformer3DModel, text_encoder: nn.Module | None = None) -> None:
+    """Bring weights into the numbers of `preset`, in place. Weights that are in 8 bits already stay as they are."""
+    if preset.linears is None:
+        return
+    dtype = DTYPES[preset.linears]
+    quantize_linears(transformer.blocks, dtype, lambda name: preset.all_linears or name.endswith(WIDE))
+    if preset.all_linears and text_encoder is not None:
+        quantize_linears(text_encoder, dtype)
+
+
+def kv_storage(preset: Preset) -> EightBits | None:
+    """How a `KVCache` keeps keys and values under `preset`."""
+    return None if preset.kv is None else EightBits(DTYPES[preset.kv])
+
+
+def refuse_saving(preset: Preset) -> None:
+    """ValueError if the weights are not what a file should hold."""
+    if preset.linears is not None:
+        raise ValueError(
+            f"the weights of a pipeline with preset {preset.name!r} are in 8 bits, which cannot be read back; load it "
+            "with preset='exact' to save it, and give the preset when loading"
+        )
 
 
 for each in (
