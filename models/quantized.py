@@ -58,14 +58,17 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
 
 
-def quantize_linears(module: nn.Module, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda name: True) -> int:
-    """Put a `QuantizedLinear` into the place of every `nn.Linear` of `module` whose name is `wanted`.
+def quantize_linears(
+    module: nn.Module, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda name: True, *, least: int = LEAST
+) -> int:
+    """Put a `QuantizedLinear` into the place of every `nn.Linear` of `module` whose name is `wanted` and that has
+    `least` inputs and outputs or more.
 
     Returns:
         How many there were. Layers of other classes, such as those of adapters, stay as they are.
     """
     found = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear and wanted(name)]
-    found = [(name, part) for name, part in found if min(part.in_features, part.out_features) >= LEAST]
+    found = [(name, part) for name, part in found if min(part.in_features, part.out_features) >= max(LEAST, least)]
     for name, part in found:
         owner, _, leaf = name.rpartition(".")
         parent: Any = module.get_submodule(owner)

@@ -147,7 +147,7 @@ class VideoPipeline(AheadStreamer):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers does. ValueError if a preset has changed the weights."""
-        refuse_saving(self.preset)
+        refuse_saving(self.preset, self.transformer)
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
