@@ -48,9 +48,7 @@ class FrameStream:
         ValueError: more frames per pass than the model has heads for.
     """
 
-    def __init__(
-        self, model: FrameTokenTransformer, frames_per_pass: int = 1, head: Categorical | None = None
-    ) -> None:
+    def __init__(self, model: FrameTokenTransformer, frames_per_pass: int = 1, head: Categorical | None = None) -> None:
         most = 1 + model.config["chained"]
         if not 1 <= frames_per_pass <= most:
             raise ValueError(
