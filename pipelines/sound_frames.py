@@ -1,0 +1,104 @@
+"""Streams of residual codes: a pass of the large model, and as many frames as its chained heads add to the first.
+
+Shapes: R rows, Q levels, m frames per pass, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import philox_uniform
+from ..models.frame_tokens import FrameTokenTransformer
+from ..models.token_layers import Where
+from ..samplers import Categorical
+from ..streaming.kv_cache import KVCache
+
+
+@dataclass(eq=False)
+class FrameState:
+    """Where streams stand that began together.
+
+    Attributes:
+        cache: keys and values of the large model and of the chained heads.
+        seeds: int64 [R].
+        codes: int64 [R, Q, m], the frames of the last pass, which the next one reads.
+        told: [R, m, D], what the conditioning tokens told those frames.
+        frames: how many are drawn.
+    """
+
+    cache: KVCache
+    seeds: Tensor
+    codes: Tensor
+    told: Tensor
+    frames: int = 0
+
+
+class FrameStream:
+    """Draws frames of codes with a `FrameTokenTransformer`.
+
+    Args:
+        model: the transformer.
+        frames_per_pass: m; 1 asks the large model for every frame.
+        head: temperature and truncation of the codes.
+
+    Raises:
+        ValueError: more frames per pass than the model has heads for.
+    """
+
+    def __init__(self, model: FrameTokenTransformer, frames_per_pass: int = 1, head: Categorical | None = None) -> None:
+        most = 1 + model.config["chained"]
+        if not 1 <= frames_per_pass <= most:
+            raise ValueError(
+                f"frames_per_pass must be from 1 to {most} (the model's own frame and its {most - 1} chained heads), "
+                f"got {frames_per_pass}"
+            )
+        self.model, self.count, self.head = model, frames_per_pass, head or Categorical()
+
+    def begin(self, seeds: Tensor) -> FrameState:
+        """Streams that have not begun, one for each of `seeds` int64 [R]."""
+        rows, config = len(seeds), self.model.config
+        codes = torch.zeros(rows, config["levels"], self.count, dtype=torch.int64, device=seeds.device)
+        told = self.model.first.new_zeros(rows, self.count, config["dim"])
+        return FrameState(self.model.make_cache(rows, self.count), seeds, codes, told)
+
+    @torch.no_grad()
+    def step(self, state: FrameState, condition: Tensor | None = None) -> Tensor:
+        """The next m frames int64 [R, Q, m] of every stream. Changes `state`.
+
+        Args:
+            condition: int64 [R, m], the conditioning tokens of those frames, for a model that has them.
+        """
+        model, m, rows = self.model, self.count, len(state.seeds)
+        told = torch.cat([state.told, model.told(condition, rows, m)], dim=1)
+        known = 0 if state.frames == 0 else m  # frames that this pass reads, all but the last drawn
+        chunk = state.cache.open(range(rows), max(known, 1))
+        rotary, seen = model.rotary(chunk.positions), model.seen(chunk)
+        drawn = model.tokens.total(state.codes) if known else model.first.expand(rows, 1, -1)
+        width = drawn.shape[1]
+        # Places of the pass: the `width` frames up to the first new one, which is frame m of `told`.
+        given = drawn + told[:, m + 1 - width : m + 1]
+        said = model.layers(given, Where(rotary, seen, model.caches(chunk)))
+        codes = [self._draw(said, state, 0)]
+        for number in range(1, m):
+            drawn = torch.cat([drawn, model.tokens.total(codes[-1][..., None])], dim=1)[:, -width:]
+            given = drawn + told[:, m + 1 - width + number : m + 1 + number]
+            said = model.link(number, said, given, Where(rotary, seen, model.caches(chunk, number)))
+            codes.append(self._draw(said, state, number))
+        chunk.commit()
+        state.codes, state.told = torch.stack(codes, dim=2), told[:, m:]
+        state.frames += m
+        return state.codes
+
+    def _draw(self, said: Tensor, state: FrameState, number: int) -> Tensor:
+        """The codes [R, Q] of the pass's frame `number`."""
+        frames = torch.full_like(state.seeds, state.frames + number)
+
+        def choose(level: int, logits: Tensor) -> Tensor:
+            if self.head.temperature == 0:
+                return logits.argmax(dim=-1)
+            return self.head.invert(logits.float(), philox_uniform(state.seeds, frames, level, ()))
+
+        return self.model.depth.draw(said[:, -1], choose)
