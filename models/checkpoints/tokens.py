@@ -88,7 +88,11 @@ def load_token_transformer(
         ValueError: damaged, unsafe or foreign files; weights that do not fit, with what is missing and unexpected.
     """
     stored = {unwrapped(name): value for name, value in flat(read_weights(source, headers_only=headers_only)).items()}
-    settings, weights = DIALECTS[token_dialect(stored, source)](stored)
+    dialect = token_dialect(stored, source)
+    try:
+        settings, weights = DIALECTS[dialect](stored)
+    except KeyError as error:
+        raise ValueError(f"the weights in {source} are not a whole model of {dialect}: {error} is missing") from None
     settings |= config or {}
     settings.setdefault("num_heads", settings["dim"] // HEAD_DIM)
     if settings.get("kind") == "scales" and "scale_sides" not in settings:

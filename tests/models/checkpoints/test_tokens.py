@@ -300,6 +300,10 @@ def test_foreign_and_broken_files_are_refused(tmp_path: Path) -> None:
     del broken["layers.cross_dec.1.attn.proj.weight"]
     with pytest.raises(ValueError, match=r"1 missing: cross_decoder\.blocks\.1\.to_out\.weight"):
         loaded(broken, tmp_path, grid=(SIDE, SIDE))
+    broken = var()
+    del broken["blocks.1.attn.scale_mul_1H11"]
+    with pytest.raises(ValueError, match=r"not a whole model of var: 'attn\.scale_mul_1H11' is missing"):
+        loaded(broken, tmp_path, scale_sides=(1, 2, SIDE))
     model = loaded(arpg(), tmp_path, grid=(SIDE, SIDE))
     with pytest.raises(ValueError, match=r"is told labels, int64 \[B\], got \[1, 2, 3\]"):
         model.begin(torch.zeros(1, 2, 3))
