@@ -65,12 +65,18 @@ class FrameStream:
         return FrameState(self.model.make_cache(rows, self.count), seeds, codes, told)
 
     @torch.no_grad()
-    def step(self, state: FrameState, condition: Tensor | None = None) -> Tensor:
+    def step(self, state: FrameState, condition: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
         """The next m frames int64 [R, Q, m] of every stream. Changes `state`.
 
         Args:
             condition: int64 [R, m], the conditioning tokens of those frames, for a model that has them.
+            codes: int64 [R, Q, m], frames that are known already (a voice to go on in): they are read, not drawn.
+
+        Raises:
+            ValueError: condition or codes of another shape.
         """
+        if codes is not None and codes.shape != state.codes.shape:
+            raise ValueError(f"known codes must be {list(state.codes.shape)}, a pass of them, got {list(codes.shape)}")
         model, m, rows = self.model, self.count, len(state.seeds)
         told = torch.cat([state.told, model.told(condition, rows, m)], dim=1)
         known = 0 if state.frames == 0 else m  # frames that this pass reads, all but the last drawn
@@ -81,14 +87,14 @@ class FrameStream:
         # Places of the pass: the `width` frames up to the first new one, which is frame m of `told`.
         given = drawn + told[:, m + 1 - width : m + 1]
         said = model.layers(given, Where(rotary, seen, model.caches(chunk)))
-        codes = [self._draw(said, state, 0)]
+        found = [self._draw(said, state, 0) if codes is None else codes[:, :, 0]]
         for number in range(1, m):
-            drawn = torch.cat([drawn, model.tokens.total(codes[-1][..., None])], dim=1)[:, -width:]
+            drawn = torch.cat([drawn, model.tokens.total(found[-1][..., None])], dim=1)[:, -width:]
             given = drawn + told[:, m + 1 - width + number : m + 1 + number]
             said = model.link(number, said, given, Where(rotary, seen, model.caches(chunk, number)))
-            codes.append(self._draw(said, state, number))
+            found.append(self._draw(said, state, number) if codes is None else codes[:, :, number])
         chunk.commit()
-        state.codes, state.told = torch.stack(codes, dim=2), told[:, m:]
+        state.codes, state.told = torch.stack(found, dim=2), told[:, m:]
         state.frames += m
         return state.codes
 

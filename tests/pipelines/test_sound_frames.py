@@ -87,6 +87,20 @@ def test_a_chained_head_reads_the_frame_that_was_just_drawn() -> None:
 
 
 @torch.no_grad()
+def test_a_voice_goes_on_from_known_frames() -> None:
+    """A stream that is shown the first frames of another one goes on as that one did; other frames lead elsewhere."""
+    net, told = model(), condition(12).split(2, dim=1)
+    stream = FrameStream(net, 2)
+    whole, again, other = (stream.begin(SEEDS) for _ in range(3))
+    drawn = [stream.step(whole, part) for part in told]
+    for k in range(3):
+        assert torch.equal(stream.step(again, told[k], drawn[k]), drawn[k])
+        stream.step(other, told[k], (drawn[k] + 1) % V)
+    assert all(torch.equal(stream.step(again, told[k]), drawn[k]) for k in range(3, 6))
+    assert any(not torch.equal(stream.step(other, told[k]), drawn[k]) for k in range(3, 6))
+
+
+@torch.no_grad()
 def test_memory_is_fixed_and_a_stream_depends_on_its_own_seed() -> None:
     net = model(condition_size=None)
     stream = FrameStream(net, 2)
@@ -117,5 +131,7 @@ def test_refusals() -> None:
     stream = FrameStream(model(), 2)
     with pytest.raises(ValueError, match=r"conditioning tokens must be int64 \[2, 2\], one per frame, got none"):
         stream.step(stream.begin(SEEDS))
+    with pytest.raises(ValueError, match=r"known codes must be \[2, 3, 2\], a pass of them, got \[2, 3, 5\]"):
+        stream.step(stream.begin(SEEDS), condition(2), torch.zeros(2, 3, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must be none, got \[2, 2\]"):
         FrameStream(model(condition_size=None), 2).step(stream.begin(SEEDS), condition(2))
