@@ -69,7 +69,8 @@ class FrameStream:
         """The next m frames int64 [R, Q, m] of every stream. Changes `state`.
 
         Args:
-            condition: int64 [R, m], the conditioning tokens of those frames, for a model that has them.
+            condition: int64 [R, m], the conditioning tokens of those frames, for a model that has them ([R, m, n] for
+                n per frame).
             codes: int64 [R, Q, m], frames that are known already (a voice to go on in): they are read, not drawn.
 
         Raises:

@@ -1,0 +1,125 @@
+"""The recipe of the generators over codes, tiny and on made-up sound: it learns, saves, and what it saved draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from millstream.models.audio_codec import AudioCodec
+from millstream.models.frame_tokens import FrameTokenTransformer
+from millstream.models.masked_sound import MaskedSoundTransformer
+from millstream.models.phonemes import PADDING, TOKENS, token
+from millstream.models.pronouncer import Pronouncer
+from millstream.models.speech import SpeechTransformer
+from millstream.pipelines.sound_frames import FrameStream
+from millstream.pipelines.sound_text import IDS, READ, frame_tokens, text_tokens
+from millstream.pipelines.sound_tokens import draw_codes
+from millstream.pipelines.speech_draw import SpeechParts
+from millstream.samplers import Categorical, FlowSampler
+from millstream.training import sound_tokens as recipe
+from millstream.training.speech_data import Speech
+from millstream.training.trainer import Budget
+
+CODEC = {
+    "latent_channels": 4,
+    "strides": (8, 10, 16),
+    "encoder_widths": (4, 4, 4, 4),
+    "decoder_widths": (4, 4, 4, 4),
+    "dilations": (1,),
+    "levels": 2,
+    "codebook_size": 8,
+}
+
+
+def speech() -> Speech:
+    generator = torch.Generator().manual_seed(0)
+    frames = 80
+    ends = torch.arange(1, 41) * (frames * 1280 // 40)
+    return Speech(
+        torch.randint(-3000, 3000, (frames * 1280,), generator=generator).short(),
+        torch.randint(0, PADDING, (40,), generator=generator).short(),
+        ends,
+        torch.ones(40, dtype=torch.bool),
+        torch.tensor([0, frames * 1280]),
+        torch.tensor([1]),
+        ("slt", "rms"),
+    )
+
+
+def batch(rows: int = 4, frames: int = 12) -> dict[str, Tensor]:
+    """Codes that follow from what is said, level by level."""
+    generator = torch.Generator().manual_seed(1)
+    said = torch.randint(8, (rows, frames), generator=generator)
+    codes = torch.stack([said, (3 * said + 1) % 8], dim=1)
+    return {"codes": codes, "condition": said[..., None] + torch.arange(READ + 1) * TOKENS}
+
+
+def loss_after(objective: torch.nn.Module, steps: int) -> tuple[float, float]:
+    optimizer, losses = torch.optim.AdamW(objective.parameters(), 3e-3), []
+    torch.manual_seed(0)
+    for _ in range(steps):
+        loss, _ = objective(batch())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+
+
+@pytest.mark.parametrize("kind", ["masked", "frames"])
+def test_the_objectives_learn_what_follows_from_what_is_said(kind: str) -> None:
+    torch.manual_seed(0)
+    model = recipe.make_model(kind, AudioCodec(**CODEC), dim=64, layers=1, chained=2)
+    masked = isinstance(model, MaskedSoundTransformer)
+    objective = recipe.MaskedObjective(model) if masked else recipe.FramesObjective(model)
+    first, last = loss_after(objective, 60)
+    assert first > 1.2
+    assert last < first / 3
+    wanted = batch()
+    if masked:
+        seeds = torch.arange(4)
+        drawn = draw_codes(model, 12, seeds, condition=wanted["condition"], steps=(4,), temperature=0.0)
+    else:
+        stream = FrameStream(model, 3, Categorical(0.0))
+        state = stream.begin(torch.arange(4))
+        drawn = torch.cat([stream.step(state, part) for part in wanted["condition"].split(3, dim=1)], dim=2)
+    assert float((drawn == wanted["codes"]).float().mean()) > 0.8
+
+
+@pytest.mark.parametrize("kind", ["masked", "frames"])
+def test_train_save_and_draw(kind: str, tmp_path: Path) -> None:
+    codec = AudioCodec(**CODEC)
+    model = recipe.make_model(kind, codec, dim=64, layers=1, chained=1)
+    budget = Budget(minutes=5, steps=2, warmup_steps=1)
+    recipe.train(model, codec, speech(), budget, tmp_path, batch_size=2, seed=0, frames=10)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    parts = speaking(codec)
+    condition = text_tokens(parts, "Hi, hi.", "rms")
+    assert int(condition.max()) < IDS
+    frames = condition.shape[1]
+    if isinstance(loaded, FrameTokenTransformer):
+        stream = FrameStream(loaded)
+        state = stream.begin(torch.tensor([3]))
+        codes = torch.cat([stream.step(state, part) for part in condition.split(1, dim=1)], dim=2)
+    else:
+        codes = draw_codes(loaded, frames, torch.tensor([3]), condition=condition, steps=(2,))
+    assert codec.decode(codec.dequantize(codes)).shape == (1, 1, frames * 1280)
+
+
+def speaking(codec: AudioCodec) -> SpeechParts:
+    sizes = {"latent_channels": 4, "phoneme_dim": 16, "dim": 64, "layers": 1, "ffn_dim": 64, "head_dim": 32}
+    listed = {"hi": f"{token('hh', begins=True)} {token('ay', True)}"}
+    return SpeechParts(SpeechTransformer(**sizes), codec, Pronouncer(16, 1, listed), FlowSampler(2))
+
+
+def test_frames_are_told_what_sounds_in_them_and_by_whom() -> None:
+    tokens = torch.tensor([[5, 9, 2]])
+    phoneme = torch.tensor([[[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 2, 2, 2]]])
+    found = frame_tokens(tokens, phoneme, torch.tensor([1]))[0]
+    offsets = TOKENS * torch.arange(READ)
+    assert torch.equal(found[0, :READ] - offsets, torch.tensor([5, 9, 9, 9]))
+    assert torch.equal(found[1, :READ] - offsets, torch.tensor([9, 2, 2, 2]))
+    assert found[:, READ].tolist() == [READ * TOKENS + 1] * 2
