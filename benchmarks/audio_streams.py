@@ -98,6 +98,8 @@ def measure_codec(make: Callable[[], Any], device: torch.device, seconds: float 
 def stepped(codec: Any, way: str, pieces: Any, device: torch.device) -> tuple[float, float, Tensor]:
     """Seconds in all and per piece (median), and what came out. A first stream warms up and is not counted."""
     step, end = getattr(codec, f"{way}_step"), getattr(codec, f"{way}_rest", None)
+    out: list[Tensor] = []
+    times: list[float] = []
     for _ in range(2):
         state, out, times = codec.begin(), [], []
         for piece in pieces:
@@ -183,9 +185,10 @@ def measure_frames(
         model = quiet(model, torch.bfloat16)
     stream = FrameStream(model, per_pass)
     condition = torch.zeros(1, per_pass, dtype=torch.int64, device=device)
-    times: list[float] = []
+    seeds = torch.zeros(1, dtype=torch.int64, device=device)
+    times, state = [0.0], stream.begin(seeds)
     for _ in range(2):  # the first stream warms up
-        state = stream.begin(torch.zeros(1, dtype=torch.int64, device=device))
+        state = stream.begin(seeds)
         times = [
             clock(lambda: stream.step(state, condition), device, warm=False)[0]  # noqa: B023
             for _ in range(round(seconds / CHUNK / per_pass))

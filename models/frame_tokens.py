@@ -15,8 +15,8 @@ DeepSeek-V3's multi-token prediction (arXiv:2412.19437, section 2.2); RQ-Transfo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -197,7 +197,7 @@ class FrameTokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             wanted = "none" if shape is None else f"int64 {list(shape)}, one per frame"
             seen = "none" if condition is None else list(condition.shape)
             raise ValueError(f"this model's conditioning tokens must be {wanted}, got {seen}")
-        if self.condition is None:
+        if self.condition is None or condition is None:
             return self.first.new_zeros(rows, frames, self.config["dim"])
         return embed_together(self.condition, condition)
 
@@ -210,7 +210,7 @@ class FrameTokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         slots = chunk.slot_frames[:, None]
         return (self.window.visible(chunk.positions[..., None], slots) & (slots >= 0))[:, None]
 
-    def caches(self, chunk: KVChunk, head: int = 0) -> list[ChunkLayer]:
+    def caches(self, chunk: KVChunk, head: int = 0) -> Sequence[Any]:
         """Those of the large model, or of the chained head `head`."""
         count = self.config["num_layers"]
         layers = range(count) if head == 0 else [count + head - 1]

@@ -110,7 +110,7 @@ def test_train_save_and_draw(kind: str, tmp_path: Path) -> None:
 
 
 def speaking(codec: AudioCodec) -> SpeechParts:
-    sizes = {"latent_channels": 4, "phoneme_dim": 16, "dim": 64, "layers": 1, "ffn_dim": 64, "head_dim": 32}
+    sizes: dict = {"latent_channels": 4, "phoneme_dim": 16, "dim": 64, "layers": 1, "ffn_dim": 64, "head_dim": 32}
     listed = {"hi": f"{token('hh', begins=True)} {token('ay', True)}"}
     return SpeechParts(SpeechTransformer(**sizes), codec, Pronouncer(16, 1, listed), FlowSampler(2))
 
