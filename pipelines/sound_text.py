@@ -34,6 +34,11 @@ def frame_tokens(tokens: Tensor, phoneme: Tensor, voice: Tensor) -> Tensor:
     return torch.cat([said, spoken], dim=2)
 
 
+def as_actions(tokens: Tensor) -> Tensor:
+    """Conditioning tokens [B, T, m] as what a backbone's `actions` are [B, T, IDS]: 1 for every token that is there."""
+    return torch.zeros(*tokens.shape[:2], IDS, device=tokens.device).scatter_(2, tokens, 1.0)
+
+
 @torch.no_grad()
 def text_tokens(parts: SpeechParts, text: str, voice: str, *, speed: float = 1.0) -> Tensor:
     """A text's conditioning tokens int64 [1, T, READ + 1]: its sounds take as long as the speaking model has them."""

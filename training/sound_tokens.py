@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from ..models.audio_codec import AudioCodec
 from ..models.frame_tokens import FrameTokenTransformer
 from ..models.masked_sound import MaskedSoundTransformer
+from ..models.speech import SLOT
 from ..pipelines.sound_text import IDS, frame_tokens
 from .speech import FRAMES, Windows
 from .speech_codec import encode_all
 from .speech_data import Speech
 from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 
-SLOT = 0.01  # seconds
 PROMPTED = 0.5  # share of batches that begin with a prompt
 
 
@@ -78,19 +78,27 @@ class FramesObjective(nn.Module):
         return loss, {"codes": losses[0].detach(), "chained": losses[-1].detach()}
 
 
-class CodeWindows:
-    """Windows of speech as codes and what is said in them."""
+class ToldWindows:
+    """Windows of speech, as latents or as codes, and what is said in them.
 
-    def __init__(self, windows: Windows, codec: AudioCodec) -> None:
-        self.windows, self.codec = windows, codec
+    Args:
+        codec: on the device.
+        speech: on the device.
+        coded: whether batches hold `codes` int64 [B, Q, T] or `latents` [B, C, T].
+    """
+
+    def __init__(self, codec: AudioCodec, speech: Speech, *, coded: bool, batch_size: int, frames: int) -> None:
+        slots = round(1 / (codec.frame_rate * SLOT))
+        latents = encode_all(codec, speech)
+        self.codec, self.coded = codec, coded
+        self.windows = Windows(latents, speech, hop=codec.hop, slots=slots, batch_size=batch_size, frames=frames)
 
     @torch.no_grad()
     def __call__(self) -> Batch:
         batch = self.windows()
-        return {
-            "codes": self.codec.quantize(batch["latents"][..., 1:]),
-            "condition": frame_tokens(batch["tokens"], batch["phoneme"], batch["voice"]),
-        }
+        latents = batch["latents"][..., 1:]
+        sound = {"codes": self.codec.quantize(latents)} if self.coded else {"latents": latents}
+        return {**sound, "condition": frame_tokens(batch["tokens"], batch["phoneme"], batch["voice"])}
 
 
 def make_model(
@@ -123,13 +131,11 @@ def train(
     set_seed(seed, device_specific=True)
     device = accelerator.device
     speech, codec = speech.to(device), codec.to(device).eval()  # pyright: ignore[reportArgumentType]
-    slots = round(1 / (codec.frame_rate * SLOT))
-    latents = encode_all(codec, speech)
-    windows = Windows(latents, speech, hop=codec.hop, slots=slots, batch_size=batch_size, frames=frames)
+    windows = ToldWindows(codec, speech, coded=True, batch_size=batch_size, frames=frames)
     if device.type == "cuda":
         model.layers.compile()
     objective = MaskedObjective(model) if isinstance(model, MaskedSoundTransformer) else FramesObjective(model)
-    Trainer(objective, budget, out, accelerator).fit(CodeWindows(windows, codec), title="sound tokens")
+    Trainer(objective, budget, out, accelerator).fit(windows, title="sound tokens")
     if accelerator.is_main_process:
         model.save_pretrained(out)
     accelerator.wait_for_everyone()

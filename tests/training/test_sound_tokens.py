@@ -14,11 +14,15 @@ from millstream.models.masked_sound import MaskedSoundTransformer
 from millstream.models.phonemes import PADDING, TOKENS, token
 from millstream.models.pronouncer import Pronouncer
 from millstream.models.speech import SpeechTransformer
+from millstream.models.transformer import CausalTransformer3DModel
 from millstream.pipelines.sound_frames import FrameStream
-from millstream.pipelines.sound_text import IDS, READ, frame_tokens, text_tokens
+from millstream.pipelines.sound_infill import Infill
+from millstream.pipelines.sound_text import IDS, READ, as_actions, frame_tokens, text_tokens
 from millstream.pipelines.sound_tokens import draw_codes
 from millstream.pipelines.speech_draw import SpeechParts
 from millstream.samplers import Categorical, FlowSampler
+from millstream.streaming.kv_cache import Window
+from millstream.training import sound_infill as infill
 from millstream.training import sound_tokens as recipe
 from millstream.training.speech_data import Speech
 from millstream.training.trainer import Budget
@@ -107,6 +111,52 @@ def test_train_save_and_draw(kind: str, tmp_path: Path) -> None:
     else:
         codes = draw_codes(loaded, frames, torch.tensor([3]), condition=condition, steps=(2,))
     assert codec.decode(codec.dequantize(codes)).shape == (1, 1, frames * 1280)
+
+
+def test_infilling_learns_under_both_masks_and_draws(tmp_path: Path) -> None:
+    """Latents that follow from what is said: one number per frame."""
+    torch.manual_seed(0)
+    codec = AudioCodec(**CODEC)
+    model = infill.make_model(codec, dim=64, layers=1)
+    objective = infill.InfillObjective(model, Window(8, 0, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    told = batch(8)["condition"]
+    latents = (told[:, None, :, 0] / 3 - 1).expand(-1, 4, -1)
+    for _ in range(250):
+        loss, _ = objective({"latents": latents, "condition": told})
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    fill = Infill(model.eval(), FlowSampler(4), actions=as_actions(told))
+    nothing = torch.zeros(8, 12, dtype=torch.bool)
+    whole = fill.whole(latents, nothing, torch.arange(8))
+    stream = torch.cat(list(fill.blocks(latents, nothing, torch.arange(8), Window(8, 0, 2))), 2)
+    for made in (whole, stream):
+        assert float((made - latents).square().mean()) < 0.3 * float(latents.var())
+
+
+@torch.no_grad()
+def test_gaps_and_blocks() -> None:
+    known, levels = infill.gaps(64, 20, torch.device("cpu"))
+    assert bool((~known).all(1).any()), "some clips are drawn whole"
+    assert bool((levels == levels[:, :1]).all())
+    opened = (~known).long()
+    assert int(opened.diff(dim=1).clamp_min(0).sum(1).max()) <= 1, "one gap"
+    model = infill.make_model(AudioCodec(**CODEC), dim=64, layers=1)
+    known, levels = infill.InfillObjective(model, Window(8, 0, 4)).blocks(64, 18, torch.device("cpu"))
+    assert known.shape == levels.shape == (64, 18)
+    assert bool((known[:, :4] == known[:, :1]).all())
+    assert 0.3 < float(known.float().mean()) < 0.7
+
+
+def test_infilling_trains_on_speech(tmp_path: Path) -> None:
+    codec = AudioCodec(**CODEC)
+    budget = Budget(minutes=5, steps=2, warmup_steps=1)
+    model = infill.make_model(codec, dim=64, layers=1)
+    infill.train(model, codec, speech(), budget, tmp_path, batch_size=2, seed=0, frames=10)
+    assert (tmp_path / "checkpoint.pt").is_file()
+    assert CausalTransformer3DModel.from_pretrained(tmp_path).config["action_dim"] == IDS
 
 
 def speaking(codec: AudioCodec) -> SpeechParts:
