@@ -65,7 +65,7 @@ def level_plan(
     for count in [*steps, *[1] * (levels - len(steps))]:
         counts = cosine_counts(frames, min(count, frames))
         sure = Level(Categorical(temperature), counts, Confidence(choice_temperature))
-        plan.append(sure if len(counts) > 1 else Level(Categorical(0.0), counts))
+        plan.append(sure if count > 1 else Level(Categorical(0.0), counts))
     return plan
 
 

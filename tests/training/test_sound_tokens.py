@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from millstream.models.audio_codec import AudioCodec
-from millstream.models.frame_tokens import FrameTokenTransformer
 from millstream.models.masked_sound import MaskedSoundTransformer
 from millstream.models.phonemes import PADDING, TOKENS, token
 from millstream.models.pronouncer import Pronouncer
@@ -17,6 +16,7 @@ from millstream.models.speech import SpeechTransformer
 from millstream.models.transformer import CausalTransformer3DModel
 from millstream.pipelines.sound_frames import FrameStream
 from millstream.pipelines.sound_infill import Infill
+from millstream.pipelines.sound_speak import load_generator, speak_with
 from millstream.pipelines.sound_text import IDS, READ, as_actions, frame_tokens, text_tokens
 from millstream.pipelines.sound_tokens import draw_codes
 from millstream.pipelines.speech_draw import SpeechParts
@@ -99,18 +99,19 @@ def test_train_save_and_draw(kind: str, tmp_path: Path) -> None:
     model = recipe.make_model(kind, codec, dim=64, layers=1, chained=1)
     budget = Budget(minutes=5, steps=2, warmup_steps=1)
     recipe.train(model, codec, speech(), budget, tmp_path, batch_size=2, seed=0, frames=10)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    parts = speaking(codec)
-    condition = text_tokens(parts, "Hi, hi.", "rms")
+    assert_speaks(tmp_path, type(model), codec)
+
+
+def assert_speaks(folder: Path, kind: type, codec: AudioCodec) -> None:
+    """Loaded from its folder, the generator says a text in as many frames as it takes; seeds and voices differ."""
+    parts, loaded, text = speaking(codec), load_generator(folder), "Hi, " * 16 + "hi."
+    assert isinstance(loaded, kind)
+    condition = text_tokens(parts, text, "rms")
     assert int(condition.max()) < IDS
-    frames = condition.shape[1]
-    if isinstance(loaded, FrameTokenTransformer):
-        stream = FrameStream(loaded)
-        state = stream.begin(torch.tensor([3]))
-        codes = torch.cat([stream.step(state, part) for part in condition.split(1, dim=1)], dim=2)
-    else:
-        codes = draw_codes(loaded, frames, torch.tensor([3]), condition=condition, steps=(2,))
-    assert codec.decode(codec.dequantize(codes)).shape == (1, 1, frames * 1280)
+    sound = speak_with(parts, loaded, text, "rms", seed=3)
+    assert sound.shape == (condition.shape[1] * 1280,)
+    assert torch.equal(sound, speak_with(parts, loaded, text, "rms", seed=3))
+    assert not torch.equal(sound, speak_with(parts, loaded, text, "rms", seed=4))
 
 
 def test_infilling_learns_under_both_masks_and_draws(tmp_path: Path) -> None:
@@ -156,7 +157,11 @@ def test_infilling_trains_on_speech(tmp_path: Path) -> None:
     model = infill.make_model(codec, dim=64, layers=1)
     infill.train(model, codec, speech(), budget, tmp_path, batch_size=2, seed=0, frames=10)
     assert (tmp_path / "checkpoint.pt").is_file()
-    assert CausalTransformer3DModel.from_pretrained(tmp_path).config["action_dim"] == IDS
+    assert_speaks(tmp_path, CausalTransformer3DModel, codec)
+    with pytest.raises(
+        ValueError, match=r"the folder of one of MaskedSoundTransformer, .*, got no config.json"
+    ):
+        load_generator(tmp_path / "nowhere")
 
 
 def speaking(codec: AudioCodec) -> SpeechParts:
