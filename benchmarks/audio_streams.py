@@ -66,7 +66,8 @@ def published_codec(kind: str) -> Any:
 
 @torch.no_grad()
 def measure_codec(make: Callable[[], Any], device: torch.device, seconds: float = 4.0) -> dict[str, Any]:
-    """Encode and decode a clip in pieces, and as a whole."""
+    """Encode and decode a clip in pieces, and as a whole, in float32 proper: TF32 would differ from piece to piece."""
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     codec = make().eval().to(device)
     frames = max(1, round(CHUNK * codec.frame_rate))
@@ -137,6 +138,7 @@ def error(made: Tensor, wanted: Tensor) -> float:
 @torch.no_grad()
 def measure_graph(device: torch.device, pieces: int = 100) -> dict[str, Any]:
     """Mimi's decoder step, recorded once its start is over."""
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     codec = published_codec("mimi").to(device)
     latents = torch.randn(1, codec.latent_channels, pieces, device=device)

@@ -5,6 +5,7 @@ Shapes: R rows, Q levels, m frames per pass, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,30 @@ class FrameStream:
         codes = torch.zeros(rows, config["levels"], self.count, dtype=torch.int64, device=seeds.device)
         told = self.model.first.new_zeros(rows, self.count, config["dim"])
         return FrameState(self.model.make_cache(rows, self.count), seeds, codes, told)
+
+    def save(self, state: FrameState, row: int = 0) -> dict[str, Tensor]:
+        """Where a stream stands, as tensors for safetensors. Saved after a prompt, it is a voice."""
+        cache = {f"cache.{name}": torch.as_tensor(value) for name, value in state.cache.snapshot(row).items()}
+        own = {"codes": state.codes[row].clone(), "told": state.told[row].clone(), "frames": torch.tensor(state.frames)}
+        return own | cache
+
+    def resume(self, saved: Mapping[str, Tensor], seeds: Tensor) -> FrameState:
+        """Streams that all go on from what `save` gave, one for each of `seeds` int64 [R].
+
+        Raises:
+            ValueError: it was saved by another model or with another number of frames per pass.
+        """
+        state = self.begin(seeds)
+        for name in ("codes", "told"):
+            own, given = getattr(state, name), saved[name]
+            if given.shape != own.shape[1:]:
+                raise ValueError(f"the saved {name} must be {list(own.shape[1:])}, got {list(given.shape)}")
+            own.copy_(given.expand_as(own))
+        cache = {name.removeprefix("cache."): value for name, value in saved.items() if name.startswith("cache.")}
+        for row in range(len(seeds)):
+            state.cache.restore(row, {name: int(v) if v.ndim == 0 else v for name, v in cache.items()})
+        state.frames = int(saved["frames"])
+        return state
 
     @torch.no_grad()
     def step(self, state: FrameState, condition: Tensor | None = None, codes: Tensor | None = None) -> Tensor:

@@ -158,9 +158,7 @@ def test_infilling_trains_on_speech(tmp_path: Path) -> None:
     infill.train(model, codec, speech(), budget, tmp_path, batch_size=2, seed=0, frames=10)
     assert (tmp_path / "checkpoint.pt").is_file()
     assert_speaks(tmp_path, CausalTransformer3DModel, codec)
-    with pytest.raises(
-        ValueError, match=r"the folder of one of MaskedSoundTransformer, .*, got no config.json"
-    ):
+    with pytest.raises(ValueError, match=r"the folder of one of MaskedSoundTransformer, .*, got no config.json"):
         load_generator(tmp_path / "nowhere")
 
 
