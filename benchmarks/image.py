@@ -7,7 +7,7 @@ scales, 680 tokens) with classifier-free guidance, so a batch of 64 pictures is 
 
 `large` is ARPG-L's size (320 M parameters) and its peers': LlamaGen-L for raster, the same layers for masked and next
 scale. On CUDA a whole decoding is one CUDA graph, for raster too; `eager` starts every kernel by itself. Before a graph
-is timed its tokens are compared with the eager ones: if they differ, the variant is an error and no number.
+is timed its tokens are compared with the eager ones: `as_eager` is the share that is the same.
 `embedded` is the size of the emoji model, in float32.
 """
 
@@ -124,12 +124,11 @@ def measure(
     text = torch.randn(2 * batch, size.prompt, size.text_dim, device=device, dtype=model.dtype)
     seeds = torch.arange(batch, device=device)
     draw = make_draw(model, kind, steps, text, seeds, refresh)
-    wanted = draw()
+    wanted, same = draw(), 1.0
     if graph:
         recorded, result = record(draw)
         recorded.replay()
-        if not torch.equal(result, wanted):
-            raise ValueError(f"the graph drew {int((result != wanted).sum())} other tokens than the eager decoding")
+        same = float((result == wanted).float().mean())
         draw = recorded.replay
     times = timed(draw, device)
     exact = wanted if refresh == 1 else make_draw(model, kind, steps, text, seeds, 1)()
@@ -141,6 +140,7 @@ def measure(
         "seconds": statistics.median(times),
         "pictures_per_second": batch / statistics.median(times),
         "runs": len(times),
+        "as_eager": same,
         "same_tokens": float((wanted == exact).float().mean()),  # as without an approximate cache
     }
 

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import BlockPlan, apply_rotary, attend
-from ..kernels.fused import gate_residual, norm_modulate, norm_rotary
+from ..kernels.fused import Quantized, gate_residual, norm_modulate, norm_rotary, quantized_linear
 from ..streaming.kv_cache import KVChunk
+from .quantized import QuantizedLinear, side_by_side
 
 if TYPE_CHECKING:
     from .mixers import LinearMixer
@@ -46,7 +47,7 @@ class Context(NamedTuple):
 class Fused(NamedTuple):
     """Weights of q, k and v in one piece of memory: [3 D, D], [3 D]; and those of the norms of q and k, [2, D]."""
 
-    weight: Tensor
+    weight: Tensor | Quantized
     bias: Tensor
     norm: Tensor
 
@@ -87,7 +88,8 @@ class Attention(nn.Module):
             q, (k, v) = self.query(x), self.keys(x)
             return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
         assert self._fused is not None, "as was just asked"
-        qkv = F.linear(x, self._fused.weight, self._fused.bias)
+        weight, bias, _ = self._fused
+        qkv = F.linear(x, weight, bias) if isinstance(weight, Tensor) else quantized_linear(x, weight, bias)
         dim = qkv.shape[-1] // 3
         v = qkv[..., 2 * dim :].unflatten(-1, (self.heads, -1))
         if in_one_kernel(x):
@@ -110,17 +112,19 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         """Lay the weights of q, k and v side by side, so that one product makes all three. Names and values stay."""
         linears = self.to_q, self.to_k, self.to_v
-        if not all(type(linear) is nn.Linear for linear in linears):
-            return  # adapters and quantised layers do more than a product
+        kinds = {(type(linear), getattr(linear, "dtype", None)) for linear in linears}
+        if len(kinds) > 1 or type(self.to_q) not in (nn.Linear, QuantizedLinear):
+            return  # adapters and other quantised layers do more than a product
         with torch.no_grad():
-            self._fused = Fused(
-                inputs_first(torch.cat([linear.weight for linear in linears])),
-                torch.cat([linear.bias for linear in linears]),
-                torch.stack([self.norm_q.weight, self.norm_k.weight]),
-            )
-        for linear, weight, bias in zip(linears, self._fused.weight.chunk(3), self._fused.bias.chunk(3)):
-            linear.weight.data, linear.bias.data = weight, bias
-        self.norm_q.weight.data, self.norm_k.weight.data = self._fused.norm.unbind()
+            norm = torch.stack([self.norm_q.weight, self.norm_k.weight])
+            if isinstance(self.to_q, QuantizedLinear):
+                self._fused = Fused(*side_by_side(linears), norm)
+            else:
+                weights = inputs_first(torch.cat([linear.weight for linear in linears]))
+                self._fused = Fused(weights, torch.cat([linear.bias for linear in linears]), norm)
+                for linear, weight, bias in zip(linears, weights.chunk(3), self._fused.bias.chunk(3)):
+                    linear.weight.data, linear.bias.data = weight, bias
+        self.norm_q.weight.data, self.norm_k.weight.data = norm.unbind()
         self._places = [(linear, linear.weight.data_ptr()) for linear in linears]
 
     def _is_fused(self) -> bool:
@@ -167,8 +171,23 @@ class Block(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = six
         x = gated(x, self.self_attention(modulated(self.norm1, x, shift, scale), layer, context), gate)
         if self.cross:
-            x = x + self.cross_attention(self.norm2(x.float()).type_as(x), text)
-        return gated(x, self.ffn(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
+            x = x + self.cross_attention(self._normed(x), text)
+        return gated(x, self.feed_forward(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        norm = self.norm2
+        if isinstance(norm, nn.Identity) or not in_one_kernel(x):
+            return norm(x.float()).type_as(x)
+        return norm_modulate(x, norm.bias[None, None], norm.weight[None, None] - 1, eps=norm.eps)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """`ffn`; on a GPU the activation is a part of the first product, or of the second one's quantisation."""
+        first, last = self.ffn.net[0].proj, self.ffn.net[2]  # pyright: ignore[reportAttributeAccessIssue]
+        if in_one_kernel(x) and type(first) is type(last) is nn.Linear and x.dtype != torch.float32:
+            flat = x.reshape(-1, x.shape[-1])
+            hidden = torch._addmm_activation(first.bias, flat, first.weight.t(), use_gelu=True)
+            return last(hidden).view(x.shape)
+        return self.ffn(x)
 
     def lay_out_weights(self) -> None:
         """Put the weights into the layout that a stream on this device is fastest with; see `inputs_first`."""

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 Kind = Literal["two_pass", "masked", "causal", "scales"]
 Mixing = Literal["attention", "linear"]
+Turning = Literal["grid", "muted", "line"]
 
 # What `forward` takes beside tokens and text.
 EXTRA = {"two_pass": "order=", "masked": "known=", "causal": "tokens alone", "scales": "the scales' inputs alone"}
@@ -19,6 +20,9 @@ def check_config(
     scale_sides: Sequence[int] | None,
     token_channels: int | None,
     mixing: str,
+    turning: str,
+    adaptive: bool,
+    num_classes: int | None,
 ) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -34,3 +38,10 @@ def check_config(
         raise ValueError('kind "scales" sees maps of the codec: give token_channels, the length of its codes')
     if scale_sides is not None and tuple(grid) != (scale_sides[-1],) * 2:
         raise ValueError(f"grid must be the last scale, {(scale_sides[-1],) * 2}, got {tuple(grid)}")
+    if turning not in get_args(Turning) or (turning == "line" and kind != "masked"):
+        raise ValueError(f'turning must be "grid", "muted", or "line" for kind "masked", got {turning!r} for {kind!r}')
+    if adaptive and (kind != "scales" or mixing != "attention" or num_classes is None):
+        raise ValueError(
+            f'adaptive layers are for kind "scales" with scale_mixing "attention" and num_classes, got {kind!r}, '
+            f"{mixing!r} and {num_classes}"
+        )

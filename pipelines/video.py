@@ -26,7 +26,7 @@ from ..models.transformer import CausalTransformer3DModel
 from ..models.wan_vae import WanDecoder, WanEncoder
 from ..streaming import Chunk, Frame, VideoControl
 from ..streaming.types import Leaves
-from .presets import Preset, find_preset
+from .presets import Preset, apply_preset, find_preset, refuse_saving
 from .recipes import Recipe, as_config, find_recipe
 from .timeline import Timeline
 from .video_ahead import AheadStreamer
@@ -85,6 +85,7 @@ class VideoPipeline(AheadStreamer):
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
         self.preset = find_preset(preset)
         check_parts(transformer, vae, text_encoder)
+        apply_preset(self.preset, transformer, text_encoder)
         self._arena = self._still = self._beside = self._caller = None
         self.overlap = False  # decode a chunk while the next is drawn: see `video_ahead`
         self._size = (0, 0)
@@ -112,6 +113,7 @@ class VideoPipeline(AheadStreamer):
         lora: str | Path | None = None,
         recipe: Recipe | str | None = None,
         decoder: str | Path | None = None,
+        preset: Preset | str = "exact",
         torch_dtype: torch.dtype | None = None,
         headers_only: bool = False,
         **settings: Any,
@@ -124,6 +126,7 @@ class VideoPipeline(AheadStreamer):
             lora: an adapter to merge into them.
             recipe: how they are run; needed unless the folder was saved by this class.
             decoder: TAEHV weights (`taew2_1.pth`), or a folder of a `TinyVideoDecoder`, to decode with.
+            preset: how exactly they draw, and in how much memory: exact, fast, small or a `Preset`.
             torch_dtype: of the weights.
             headers_only: check everything and read no weights: a pipeline on the meta device, for `memory`.
             settings: `size`, `rate`, `text_length`: see the class.
@@ -140,7 +143,12 @@ class VideoPipeline(AheadStreamer):
             torch_dtype=torch_dtype,
             headers_only=headers_only,
         )
-        return cls(**found | settings)
+        return cls(**found | settings, preset=preset)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does. ValueError if a preset has changed the weights."""
+        refuse_saving(self.preset, self.transformer)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def __call__(

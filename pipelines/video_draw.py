@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.planners import FlashBlock
 from ..samplers import Renoise, Triangle, add_noise, integrate
 from ..streaming.kv_cache import KVChunk
+from .presets import kept_attention
 from .video_passes import VideoPasses, numbers
 from .video_state import Finished, VideoState
 
@@ -81,7 +81,7 @@ class VideoDrawer(VideoPasses):
             count = chunk.num_frames
             if len(sigmas) > 1:
                 self._prepare(sigmas[:-1], chunk)
-            reuse = FlashBlock() if self.preset.reuse else None
+            reuse = kept_attention(self.preset, self.arena.cache)
 
             def denoise(x: Tensor, sigma: float) -> Tensor:
                 chunk.reuse, chunk.first = reuse, sigma == sigmas[0]

@@ -21,7 +21,7 @@ from ..models.transformer import CausalTransformer3DModel, Condition
 from ..models.wan_vae import AutoencoderKLWan, WanDecoder, WanEncoder
 from ..samplers import add_noise
 from ..streaming.kv_cache import KVCache, KVChunk
-from .presets import Preset
+from .presets import Preset, kv_storage
 from .recipes import Recipe
 from .rows import RowArena
 from .video_prompts import PromptReader
@@ -86,6 +86,7 @@ class VideoPasses(PromptReader):
             "window": recipe.memory,
             "position": recipe.position,
             "spare": recipe.spare,
+            "storage": kv_storage(self.preset),
         }
 
     def _run(self, kind: Hashable, step: Callable[..., Any], chunk: KVChunk, inputs: Sequence[Tensor]) -> Any:

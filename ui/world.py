@@ -37,7 +37,7 @@ def shipped_models(kind: str | None = "WorldPipeline") -> dict[str, Path]:
 def load_world(name: str, device: str = "auto", preset: str | None = None) -> WorldPipeline:
     """The world model `name` (shipped, a folder, or owner/name on the Hugging Face hub) on `device`.
 
-    A world has two kinds of arithmetic, so a preset chooses between them: see `world_dtype`.
+    A preset does to a world what it does to a video model, and chooses what it computes in: see `world_dtype`.
 
     Raises:
         FileNotFoundError: no such model.
@@ -46,7 +46,7 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
     import torch
 
     torch_device = pick_device(device)
-    dtype = world_dtype(preset, torch_device.type)
+    dtype, arithmetic = world_dtype(preset, torch_device.type), {} if preset is None else {"preset": preset}
     shipped = shipped_models()
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name not in shipped and not on_hub and not Path(name).expanduser().is_dir():
@@ -57,7 +57,8 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
     from ..pipelines.world import WorldPipeline
 
     try:
-        pipe = WorldPipeline.from_pretrained(name if name in shipped else str(Path(name).expanduser()))
+        folder = name if name in shipped else str(Path(name).expanduser())
+        pipe = WorldPipeline.from_pretrained(folder, **arithmetic)
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {name!r} can't be read ({error}): the file is damaged, so fetch it again"
