@@ -18,7 +18,7 @@ class PublishedCodec(nn.Module):
     """What the codecs have in common. `model` is transformers' (evaluation mode is set).
 
     Attributes:
-        held: frames by which an encoder's and a decoder's stream stay behind.
+        held: frames by which an encoder's and a decoder's stream stay behind: EnCodec's at their start, DAC's always.
     """
 
     held: tuple[int, int] = (0, 0)

@@ -15,8 +15,8 @@ DeepSeek-V3's multi-token prediction (arXiv:2412.19437, section 2.2); RQ-Transfo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,7 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..streaming.kv_cache import KVCache, KVChunk, Window
-from .level_tokens import LevelTokens
+from .level_tokens import LevelTokens, embed_together
 from .packed import PackedModelMixin
 from .token_layers import KeysValues, Rotary, SelfBlock, Stack, Where, axial_angles, causal_mask
 
@@ -156,7 +156,7 @@ class FrameTokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
 
         Args:
             codes: int64 [R, Q, T].
-            condition: int64 [R, T].
+            condition: int64 [R, T] or [R, T, m].
 
         Returns:
             Tensors [R, T - i, Q, V] of the large model (i = 0) and of each head; the i-th begins with frame i, the
@@ -187,19 +187,19 @@ class FrameTokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         return head(head.joined(said, given), where, 0)
 
     def told(self, condition: Tensor | None, rows: int, frames: int) -> Tensor:
-        """What conditioning tokens [R, T] tell each frame: [R, T, D].
+        """What conditioning tokens [R, T], or [R, T, m] with m per frame, tell each frame: [R, T, D].
 
         Raises:
             ValueError: tokens for a model without, or none or another number for a model with.
         """
         shape = None if self.condition is None else (rows, frames)
-        if (None if condition is None else tuple(condition.shape)) != shape:
+        if (None if condition is None else tuple(condition.shape[:2])) != shape:
             wanted = "none" if shape is None else f"int64 {list(shape)}, one per frame"
             seen = "none" if condition is None else list(condition.shape)
             raise ValueError(f"this model's conditioning tokens must be {wanted}, got {seen}")
-        if self.condition is None:
+        if self.condition is None or condition is None:
             return self.first.new_zeros(rows, frames, self.config["dim"])
-        return self.condition(condition)
+        return embed_together(self.condition, condition)
 
     def rotary(self, frames: Tensor) -> Rotary:
         """Angles of frames int64 [.., n]."""
@@ -210,7 +210,7 @@ class FrameTokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         slots = chunk.slot_frames[:, None]
         return (self.window.visible(chunk.positions[..., None], slots) & (slots >= 0))[:, None]
 
-    def caches(self, chunk: KVChunk, head: int = 0) -> list[ChunkLayer]:
+    def caches(self, chunk: KVChunk, head: int = 0) -> Sequence[Any]:
         """Those of the large model, or of the chained head `head`."""
         count = self.config["num_layers"]
         layers = range(count) if head == 0 else [count + head - 1]

@@ -35,3 +35,9 @@ class LevelTokens(nn.Module):
     def shown(self, level: int, tokens: Tensor, known: Tensor) -> Tensor:
         """Codes [B, T] of a level where `known` [B, T], its mask elsewhere: [B, T, D]."""
         return torch.where(known[..., None], self.embed(level, tokens), self.masks[level])
+
+
+def embed_together(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
+    """Tokens [B, K], or [B, K, m] with m of them at once, to [B, K, D]."""
+    vectors = embedding(tokens)
+    return vectors if tokens.ndim == 2 else vectors.sum(dim=2)

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .conformer import Conformer
-from .level_tokens import LevelTokens
+from .level_tokens import LevelTokens, embed_together
 from .packed import PackedModelMixin
 from .token_layers import Rotary, Stack, Where, axial_angles
 
@@ -63,7 +63,10 @@ class MaskedSoundTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         return axial_angles(places, self.config["dim"] // self.config["num_heads"])
 
     def given(self, condition: Tensor | None, frames: int) -> Tensor:
-        """What the conditioning tokens int64 [B, K] tell every frame: [B, T, D], or zeros [1, 1, D] without any.
+        """What the conditioning tokens tell every frame: [B, T, D], or zeros [1, 1, D] without any.
+
+        Args:
+            condition: int64 [B, K], or [B, K, m] where m tokens come at once.
 
         Raises:
             ValueError: tokens for a model without, none for a model with, or too few for the frames.
@@ -73,11 +76,11 @@ class MaskedSoundTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             raise ValueError(f"this model's conditioning tokens must be {wanted}, got {condition}")
         if self.condition is None or condition is None:
             return self.tokens.masks.new_zeros(1, 1, self.config["dim"])
-        if condition.ndim != 2 or condition.shape[1] != self._tokens_of(frames):
+        if condition.ndim not in (2, 3) or condition.shape[1] != self._tokens_of(frames):
             raise ValueError(
                 f"{frames} frames need conditioning tokens [B, {self._tokens_of(frames)}], got {list(condition.shape)}"
             )
-        embedded = self.condition(condition)
+        embedded = embed_together(self.condition, condition)
         return embedded.repeat_interleave(self.config["condition_frames"], dim=1)[:, :frames]
 
     def _tokens_of(self, frames: int) -> int:
@@ -112,7 +115,7 @@ class MaskedSoundTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             codes: int64 [B, Q, T]; those of `level` are looked at where `known`, those of finer ones in the prompt.
             known: bool [B, T].
             level: whose codes are predicted, from 0.
-            condition: int64 [B, K].
+            condition: int64 [B, K] or [B, K, m].
             prompt: P, frames from the start of which every level is known.
         """
         frames = codes.shape[2]

@@ -48,7 +48,7 @@ class SeanetCodec(PublishedCodec):
             seanet.frames_to_start(stacks["encoder"], "", fine),
             seanet.frames_to_start(stacks["decoder"], "", fine / hop),
         ]
-        self._starts = dict(zip(("encoder", "decoder"), starts))
+        self._starts: dict[str, int] = {"encoder": starts[0], "decoder": starts[1]}
         self.held = (starts[0] - 1, starts[1] - 1)  # at the start only
 
     def quantize(self, latents: Tensor) -> Tensor:

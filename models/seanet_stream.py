@@ -108,11 +108,18 @@ def convolve(layer: Any, name: str, x: Tensor, state: AudioState, first: bool) -
 
 def spread(layer: Any, name: str, x: Tensor, state: AudioState) -> Tensor:
     """A causal transposed convolution: what it makes of the past is cut off again."""
-    length, stride = kept(layer), layer.conv.stride[0]
+    conv = layer.conv
+    length, stride = kept(layer), conv.stride[0]
     past = state.tensors[name]
     given = torch.cat([past.to(x.dtype), x], dim=-1)
     past.copy_(given[..., -length:])
-    return layer.conv(given)[..., length * stride : given.shape[-1] * stride]
+    if conv.groups > 1 or conv.kernel_size[0] != 2 * stride:
+        return conv(given)[..., length * stride : given.shape[-1] * stride]
+    # As one product: on a CPU, PyTorch's own takes ten times as long for so few samples.
+    made = (given.transpose(1, 2) @ conv.weight.flatten(1)).unflatten(2, (-1, 2, stride))
+    joined = made[:, 1:, :, 0] + made[:, :-1, :, 1]  # [R, n, C, stride]
+    out = joined.transpose(1, 2).flatten(2)
+    return out if conv.bias is None else out + conv.bias[:, None]
 
 
 def _lstm(layer: Any, name: str, x: Tensor, state: AudioState) -> Tensor:

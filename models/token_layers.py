@@ -146,6 +146,9 @@ class Style(NamedTuple):
     shared: bool = False
 
 
+PLAIN = Style()
+
+
 class Where(NamedTuple):
     """What the attention of a pass sees beyond its own tokens.
 
@@ -185,7 +188,7 @@ class ScaleMixer(nn.Module):
 class SelfBlock(nn.Module):
     """Attention among tokens, then feed-forward; normalised before each (RMS), as in LLaMA."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, style: Style, *, mixes: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, style: Style = PLAIN, *, mixes: bool = False) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=style.eps) for _ in range(2))
         self.mixer = ScaleMixer(dim, heads) if mixes else None
@@ -216,7 +219,7 @@ class SelfBlock(nn.Module):
 class CrossBlock(nn.Module):
     """Queries that look at given keys and values and never at each other, then feed-forward."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, style: Style) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, style: Style = PLAIN) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=style.eps) for _ in range(2))
         self.to_q, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(2))
@@ -238,7 +241,7 @@ class Stack(nn.Module):
         dim: int,
         heads: int,
         hidden: int,
-        style: Style,
+        style: Style = PLAIN,
         *,
         cross: bool = False,
         mixes: bool = False,

@@ -5,6 +5,7 @@ Shapes: R rows, Q levels, m frames per pass, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +65,44 @@ class FrameStream:
         told = self.model.first.new_zeros(rows, self.count, config["dim"])
         return FrameState(self.model.make_cache(rows, self.count), seeds, codes, told)
 
+    def save(self, state: FrameState, row: int = 0) -> dict[str, Tensor]:
+        """Where a stream stands, as tensors for safetensors. Saved after a prompt, it is a voice."""
+        cache = {f"cache.{name}": torch.as_tensor(value) for name, value in state.cache.snapshot(row).items()}
+        own = {"codes": state.codes[row].clone(), "told": state.told[row].clone(), "frames": torch.tensor(state.frames)}
+        return own | cache
+
+    def resume(self, saved: Mapping[str, Tensor], seeds: Tensor) -> FrameState:
+        """Streams that all go on from what `save` gave, one for each of `seeds` int64 [R].
+
+        Raises:
+            ValueError: it was saved by another model or with another number of frames per pass.
+        """
+        state = self.begin(seeds)
+        for name in ("codes", "told"):
+            own, given = getattr(state, name), saved[name]
+            if given.shape != own.shape[1:]:
+                raise ValueError(f"the saved {name} must be {list(own.shape[1:])}, got {list(given.shape)}")
+            own.copy_(given.expand_as(own))
+        cache = {name.removeprefix("cache."): value for name, value in saved.items() if name.startswith("cache.")}
+        for row in range(len(seeds)):
+            state.cache.restore(row, {name: int(v) if v.ndim == 0 else v for name, v in cache.items()})
+        state.frames = int(saved["frames"])
+        return state
+
     @torch.no_grad()
-    def step(self, state: FrameState, condition: Tensor | None = None) -> Tensor:
+    def step(self, state: FrameState, condition: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
         """The next m frames int64 [R, Q, m] of every stream. Changes `state`.
 
         Args:
-            condition: int64 [R, m], the conditioning tokens of those frames, for a model that has them.
+            condition: int64 [R, m], the conditioning tokens of those frames, for a model that has them ([R, m, n] for
+                n per frame).
+            codes: int64 [R, Q, m], frames that are known already (a voice to go on in): they are read, not drawn.
+
+        Raises:
+            ValueError: condition or codes of another shape.
         """
+        if codes is not None and codes.shape != state.codes.shape:
+            raise ValueError(f"known codes must be {list(state.codes.shape)}, a pass of them, got {list(codes.shape)}")
         model, m, rows = self.model, self.count, len(state.seeds)
         told = torch.cat([state.told, model.told(condition, rows, m)], dim=1)
         known = 0 if state.frames == 0 else m  # frames that this pass reads, all but the last drawn
@@ -81,14 +113,14 @@ class FrameStream:
         # Places of the pass: the `width` frames up to the first new one, which is frame m of `told`.
         given = drawn + told[:, m + 1 - width : m + 1]
         said = model.layers(given, Where(rotary, seen, model.caches(chunk)))
-        codes = [self._draw(said, state, 0)]
+        found = [self._draw(said, state, 0) if codes is None else codes[:, :, 0]]
         for number in range(1, m):
-            drawn = torch.cat([drawn, model.tokens.total(codes[-1][..., None])], dim=1)[:, -width:]
+            drawn = torch.cat([drawn, model.tokens.total(found[-1][..., None])], dim=1)[:, -width:]
             given = drawn + told[:, m + 1 - width + number : m + 1 + number]
             said = model.link(number, said, given, Where(rotary, seen, model.caches(chunk, number)))
-            codes.append(self._draw(said, state, number))
+            found.append(self._draw(said, state, number) if codes is None else codes[:, :, number])
         chunk.commit()
-        state.codes, state.told = torch.stack(codes, dim=2), told[:, m:]
+        state.codes, state.told = torch.stack(found, dim=2), told[:, m:]
         state.frames += m
         return state.codes
 

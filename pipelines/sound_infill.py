@@ -134,4 +134,7 @@ class Infill:
         out = self.model(frames, levels, text_keys=self.text_keys, actions=actions, cache=chunk, return_dict=False)[0][
             ..., 0, 0
         ]
-        return out if self._times == 1 else combine(*out.chunk(2), self.scale)
+        if self._times == 1:
+            return out
+        wanted, unwanted = out.chunk(2)
+        return combine(wanted, unwanted, self.scale)

@@ -23,7 +23,7 @@ class LevelsNetwork:
     Args:
         model: the transformer.
         frames: T.
-        condition: int64 [B, K], or None.
+        condition: int64 [B, K] or [B, K, m], or None.
         prompt: int64 [B, Q, P], the codes that the clip begins with, or None.
     """
 
@@ -47,6 +47,8 @@ def level_plan(
 ) -> list[Level]:
     """How each level is decided: masked steps by confidence where `steps` says more than one, else one greedy pass.
 
+    More steps than frames are cut to one frame each.
+
     Args:
         levels: Q.
         frames: to decide, those of a prompt left out.
@@ -55,13 +57,13 @@ def level_plan(
         choice_temperature: see `Confidence`.
 
     Raises:
-        ValueError: more levels in `steps` than there are, or fewer frames than steps.
+        ValueError: more levels in `steps` than there are.
     """
     if len(steps) > levels:
         raise ValueError(f"steps must be for at most {levels} levels, got {list(steps)}")
     plan = []
     for count in [*steps, *[1] * (levels - len(steps))]:
-        counts = cosine_counts(frames, count)
+        counts = cosine_counts(frames, min(count, frames))
         sure = Level(Categorical(temperature), counts, Confidence(choice_temperature))
         plan.append(sure if count > 1 else Level(Categorical(0.0), counts))
     return plan
@@ -87,7 +89,7 @@ def draw_codes(
         model: the transformer.
         frames: T, those of the prompt included.
         seeds: int64 [B]; a clip depends on its own seed alone.
-        condition: int64 [B, K]: what is to be said (semantic tokens).
+        condition: int64 [B, K] or [B, K, m]: what is to be said (semantic tokens).
         prompt: int64 [B, Q, P], codes of a voice to go on in; they are the first of the clip.
         steps, temperature, choice_temperature: see `level_plan`.
 

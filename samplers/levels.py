@@ -108,13 +108,11 @@ def decoding_levels(
         given = levels.next_input(canvas, number) if number else None
         kept = 0 if prompt is None else prompt[number].shape[1]
         counts = list(level.counts or [size - kept])
-        blank = torch.zeros(batch, size, dtype=torch.int64, device=canvas.device)
-        if prompt is not None:
-            blank[:, :kept] = prompt[number]
+        open_tokens = torch.zeros(batch, size - kept, dtype=torch.int64, device=canvas.device)
         known = torch.arange(size, device=canvas.device).expand(batch, -1) < kept
         tokens = decode(
             lambda ask, number=number, given=given: network(number, given, ask),
-            blank,
+            open_tokens if prompt is None else torch.cat([prompt[number], open_tokens], dim=1),
             known,
             counts=counts,
             order=level.order,

@@ -20,7 +20,6 @@ def make(kind: str) -> PublishedCodec:
     if kind == "mimi":
         config = MimiConfig(
             sampling_rate=400,
-            frame_rate=12.5,
             hidden_size=16,
             num_filters=4,
             upsampling_ratios=[4, 2, 2],
@@ -53,7 +52,6 @@ def make(kind: str) -> PublishedCodec:
             encoder_hidden_size=4,
             decoder_hidden_size=16,
             downsampling_ratios=[2, 5],
-            upsampling_ratios=[5, 2],
             n_codebooks=3,
             codebook_size=16,
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from millstream.kernels import philox_uniform
@@ -87,6 +90,37 @@ def test_a_chained_head_reads_the_frame_that_was_just_drawn() -> None:
 
 
 @torch.no_grad()
+def test_a_voice_goes_on_from_known_frames() -> None:
+    """A stream that is shown the first frames of another one goes on as that one did; other frames lead elsewhere."""
+    net, told = model(), condition(12).split(2, dim=1)
+    stream = FrameStream(net, 2)
+    whole, again, other = (stream.begin(SEEDS) for _ in range(3))
+    drawn = [stream.step(whole, part) for part in told]
+    for k in range(3):
+        assert torch.equal(stream.step(again, told[k], drawn[k]), drawn[k])
+        stream.step(other, told[k], (drawn[k] + 1) % V)
+    assert all(torch.equal(stream.step(again, told[k]), drawn[k]) for k in range(3, 6))
+    assert any(not torch.equal(stream.step(other, told[k]), drawn[k]) for k in range(3, 6))
+
+
+@torch.no_grad()
+def test_a_saved_voice_is_resumed_by_any_number_of_streams(tmp_path: Path) -> None:
+    net, told = model(), condition(12).split(2, dim=1)
+    stream = FrameStream(net, 2)
+    state = stream.begin(SEEDS)
+    for part in told[:3]:
+        stream.step(state, part)
+    save_file(stream.save(state, 1), tmp_path / "voice.safetensors")
+    resumed = stream.resume(load_file(tmp_path / "voice.safetensors"), torch.tensor([SEEDS[1], 99]))
+    same = [part[1:].expand(2, -1) for part in told]
+    drawn = [(stream.step(state, told[k]), stream.step(resumed, same[k])) for k in range(3, 6)]
+    assert all(torch.equal(a[1], b[0]) for a, b in drawn)
+    assert any(not torch.equal(b[0], b[1]) for _, b in drawn)
+    with pytest.raises(ValueError, match=r"the saved codes must be \[3, 4\], got \[3, 2\]"):
+        FrameStream(net, 4).resume(stream.save(state), SEEDS)
+
+
+@torch.no_grad()
 def test_memory_is_fixed_and_a_stream_depends_on_its_own_seed() -> None:
     net = model(condition_size=None)
     stream = FrameStream(net, 2)
@@ -117,5 +151,7 @@ def test_refusals() -> None:
     stream = FrameStream(model(), 2)
     with pytest.raises(ValueError, match=r"conditioning tokens must be int64 \[2, 2\], one per frame, got none"):
         stream.step(stream.begin(SEEDS))
+    with pytest.raises(ValueError, match=r"known codes must be \[2, 3, 2\], a pass of them, got \[2, 3, 5\]"):
+        stream.step(stream.begin(SEEDS), condition(2), torch.zeros(2, 3, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must be none, got \[2, 2\]"):
         FrameStream(model(condition_size=None), 2).step(stream.begin(SEEDS), condition(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def model() -> CausalTransformer3DModel:
     return net
 
 
-def inputs(rows: int = B) -> dict[str, Tensor]:
+def inputs(rows: int = B) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     return {
         "text": torch.randn(rows, 3, TEXT, generator=generator),
@@ -116,9 +117,10 @@ def test_a_window_that_holds_all_is_the_whole() -> None:
 def test_guidance_goes_beyond_what_is_wanted() -> None:
     net, (latents, known) = model(), clip(slice(0, 3))
     wanted = inputs()
-    pair = {name: torch.cat([part, torch.zeros_like(part)]) for name, part in wanted.items()}
+    pair: dict[str, Any] = {name: torch.cat([part, torch.zeros_like(part)]) for name, part in wanted.items()}
     plain = Infill(net, FlowSampler(1), **wanted)
-    empty = Infill(net, FlowSampler(1), **{name: torch.zeros_like(part) for name, part in wanted.items()})
+    nothing: dict[str, Any] = {name: torch.zeros_like(part) for name, part in wanted.items()}
+    empty = Infill(net, FlowSampler(1), **nothing)
     guided = Infill(net, FlowSampler(1), **pair, guidance_scale=2.5)
     a, b = (fill.whole(latents, known, SEEDS) for fill in (plain, empty))
     expected = torch.where(known[:, None], latents, b + 2.5 * (a - b))
