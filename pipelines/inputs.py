@@ -1,7 +1,7 @@
 """What a stream notices about its input: is this picture worth drawing, and how fast does the view move?
 
-Both compare pictures [3, H, W], in [0, 1] or in bytes, with the last one that was drawn. They read a value on the host, so pictures
-are best left on the CPU, where cameras put them; there it costs no waiting for a GPU.
+Both compare pictures [3, H, W], in [0, 1] or in bytes, with the last one that was drawn. They read a value on the host,
+so pictures are best left on the CPU, where cameras put them; there it costs no waiting for a GPU.
 """
 
 from __future__ import annotations
