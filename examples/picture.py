@@ -6,6 +6,7 @@ python examples/picture.py [WORDS]
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,7 +25,8 @@ def main() -> None:
             Image.fromarray(array).resize((256, 256)).save("picture.png")
     hole = Image.new("L", (pipe.size, pipe.size))
     hole.paste(255, (0, 0, pipe.size, pipe.size // 2))  # white where to paint: the upper half
-    pipe(words, image=Image.open("picture.png"), mask_image=hole).images[0].save("picture-again.png")
+    again: Any = pipe(words, image=Image.open("picture.png"), mask_image=hole)
+    again.images[0].save("picture-again.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ class TokenDecoding:
     """The part of a token transformer that decodes."""
 
     config: Any
-    tokens: int
     self_decoder: nn.Module
     cross_decoder: nn.Module
     token_embedding: nn.Module
@@ -33,6 +32,11 @@ class TokenDecoding:
     _shown: Callable[[Tensor, Tensor], Tensor]
     _share: Callable[[Tensor, Rotary], tuple[Tensor, Tensor]]
     _keys: Callable[[Tensor, int], KeysValues]
+
+    @property
+    def tokens(self) -> int:
+        """How many a picture has."""
+        raise NotImplementedError
 
     def begin(self, text: Tensor) -> TokenCache:
         """A cache with the prompt [B, S, text_dim] in it, and room for every token."""

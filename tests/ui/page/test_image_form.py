@@ -105,8 +105,8 @@ def test_a_real_pipeline_is_drawn_with_step_by_step() -> None:
     pictures = steps[-1][0]
     assert pictures.shape == (4, 3, 16, 16)
     generator = torch.Generator().manual_seed(4)
-    alone = pipe("a cat", order="random", num_inference_steps=5, generator=generator, output_type="pt").images
-    torch.testing.assert_close(pictures[1], alone[0], msg="the second picture is that of the next seed")
+    alone: Any = pipe("a cat", order="random", num_inference_steps=5, generator=generator, output_type="pt")
+    torch.testing.assert_close(pictures[1], alone.images[0], msg="the second picture is that of the next seed")
     html = form.figure(pictures, "done")
     shown = [decoded(source) for source in re.findall(r'<img src="([^"]+)"', html)]
     assert np.abs(shown[2] - (pictures[2].permute(1, 2, 0) * 255).numpy()).max() <= 0.5
