@@ -127,7 +127,7 @@ class VQGAN(ModelMixin, ConfigMixin):
 
 def mend_of(level: int, levels: int, mends: int) -> int:
     """Which of `mends` shared convolutions serves a level: the nearest on a line, on which VAR sets four of them a
-    little further apart. A level may lie half-way between two; then rounding decides as published, by NumPy's numbers."""
+    little further apart. A level half-way between two goes where NumPy's rounding puts it, as published."""
     margin = 1 / (3 if mends == 4 else 2) / mends
     places = np.linspace(margin, 1 - margin, mends)
     return int(np.argmin(np.abs(places - level / max(1, levels - 1))))
