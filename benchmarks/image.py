@@ -77,7 +77,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     batch = arguments.batch or (64 if cuda else 4)
-    sizes = (arguments.sizes or ("large,embedded" if cuda else "embedded")).split(",")
+    sizes: list[str] = str(arguments.sizes or ("large,embedded" if cuda else "embedded")).split(",")
     report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device)}
     free = torch.cuda.empty_cache if cuda else lambda: None
     variants = plan(sizes, device, batch)
@@ -118,7 +118,8 @@ def measure(
 ) -> dict[str, Any]:
     """Decode `batch` pictures a few times."""
     torch.manual_seed(0)
-    model = make_model(size, kind).eval().to(device)
+    model: Any = make_model(size, kind).eval()  # diffusers' `to` hides its signature from type checkers
+    model = model.to(device)
     if device.type == "cuda" and size.dim >= 1024:
         model = model.to(torch.bfloat16)
     text = torch.randn(2 * batch, size.prompt, size.text_dim, device=device, dtype=model.dtype)

@@ -54,6 +54,7 @@ class AdaptiveBlock(nn.Module):
         assert where.told is not None, "a model of adaptive layers tells them the prompt"
         if self.modulation is not None:
             return self.modulation(where.told)
+        assert self.offsets is not None, "a layer has a projection or offsets"
         return where.told + self.offsets
 
 

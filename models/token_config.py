@@ -8,9 +8,22 @@ from typing import Literal, get_args
 Kind = Literal["two_pass", "masked", "causal", "scales"]
 Mixing = Literal["attention", "linear"]
 Turning = Literal["grid", "muted", "line"]
+Attention = Literal["softmax", "lina"]
 
 # What `forward` takes beside tokens and text.
 EXTRA = {"two_pass": "order=", "masked": "known=", "causal": "tokens alone", "scales": "the scales' inputs alone"}
+
+
+def check_attention(attention: str, kind: str, grid: Sequence[int], turning: str, learned_positions: bool) -> None:
+    """Linear attention sees the whole grid in every pass, and no places but those in the tokens themselves."""
+    if attention not in get_args(Attention):
+        raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {attention!r}")
+    fits = kind == "masked" and len(grid) == 2 and turning == "grid" and learned_positions
+    if attention == "lina" and not fits:
+        raise ValueError(
+            'attention "lina" is for kind "masked" on a grid of rows and columns, with learned_positions and turning '
+            f'"grid"; got {kind!r}, {tuple(grid)}, learned_positions={learned_positions} and {turning!r}'
+        )
 
 
 def check_config(

@@ -18,7 +18,6 @@ class TokenDecoding:
     """The part of a token transformer that decodes."""
 
     config: Any
-    tokens: int
     self_decoder: nn.Module
     cross_decoder: nn.Module
     token_embedding: nn.Module
@@ -34,6 +33,16 @@ class TokenDecoding:
     _share: Callable[[Tensor, Rotary], tuple[Tensor, Tensor]]
     _keys: Callable[[Tensor, int], KeysValues]
 
+    @property
+    def prompt_sees_all(self) -> bool:
+        """Of kind masked."""
+        raise NotImplementedError
+
+    @property
+    def tokens(self) -> int:
+        """How many a picture has."""
+        raise NotImplementedError
+
     def begin(self, text: Tensor) -> TokenCache:
         """A cache with the prompt [B, S, text_dim] in it, and room for every token."""
         prefix = self._prompt(text)
@@ -42,6 +51,8 @@ class TokenDecoding:
             return TokenCache(made, None, prefix, prefix)
         capacity = prefix.shape[1] + self.tokens
         made = [self._keys(prefix, capacity) for _ in range(self.config["num_layers"])]
+        if self.config["attention"] == "lina":
+            return TokenCache(made, None, prefix[:, -1:].clone(), prefix)
         shared = self._keys(prefix, capacity) if self.config["kind"] == "two_pass" else None
         rotary = self.rotary(torch.zeros(0, dtype=torch.int64, device=prefix.device), prefix.shape[1])
         x = self.self_decoder(prefix, Where(rotary, None, made))
@@ -85,16 +96,21 @@ class TokenDecoding:
         return self._out(x, cache.prompt)
 
     def predict_masked(self, tokens: Tensor, known: Tensor, cache: TokenCache, places: Tensor) -> Tensor:
-        """Kind masked: logits [B, n, V] at `places` [B, n] alone, computed anew; all others keep their cached keys.
+        """Kind masked: logits [B, n, V] at ascending `places` [B, n] alone; all others keep their cached keys.
 
         With all places this is `forward`. The prompt's own keys are those of `begin`: it does not see the picture, but
-        with turning "line", where it is computed anew too.
+        with turning "line" or linear attention, where it is computed anew too.
         """
+        if self.config["attention"] == "lina" and places.shape[1] != self.tokens:
+            raise ValueError(
+                f"linear attention keeps no keys, so all {self.tokens} places are computed at every step and not "
+                f"{places.shape[1]}; take refresh=1 and no budget"
+            )
         prefix = cache.layers[0].k.shape[1] - self.tokens
         embedded = self._shown(tokens, known)
         x = embedded.gather(1, places[..., None].expand(-1, -1, embedded.shape[2]))
         rotary, index, again = self.rotary(places), places + prefix, 0
-        if self.config["turning"] == "line":
+        if self.prompt_sees_all:
             x, again = torch.cat([cache.prompt, x], dim=1), prefix
             rotary = self.rotary(places, prefix)
             own = torch.arange(prefix, device=places.device).expand(len(places), -1)

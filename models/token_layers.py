@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..kernels import apply_rotary, attend, linear_attend
 from ..kernels.linear_attention import LinearState
 from .token_adaptive import AdaptiveBlock
+from .token_linear import GatedLinear
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -133,8 +134,12 @@ class Heads(nn.Module):
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if normed else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        return apply_rotary(self.split(x), *rotary)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Not turned."""
         x = x.unflatten(-1, (self.heads, -1))
-        return apply_rotary(self.norm(x).to(x.dtype), *rotary)  # autocast may norm in float32
+        return self.norm(x).to(x.dtype)  # autocast may norm in float32
 
 
 class Style(NamedTuple):
@@ -144,6 +149,7 @@ class Style(NamedTuple):
     eps: float = 1e-6
     adaptive: bool = False
     shared: bool = False
+    linear_grid: tuple[int, int] | None = None  # sides of the grid, where attention is LINA's
 
 
 PLAIN = Style()
@@ -194,6 +200,7 @@ class SelfBlock(nn.Module):
         self.mixer = ScaleMixer(dim, heads) if mixes else None
         self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.query, self.key = (Heads(heads, dim // heads, normed=style.normed_heads) for _ in range(2))
+        self.linear = None if style.linear_grid is None else GatedLinear(dim, style.linear_grid)
         self.feed_forward = SwiGLU(dim, hidden)
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,6 +209,11 @@ class SelfBlock(nn.Module):
         return self.query(q, rotary), self.key(k, rotary), v.unflatten(-1, (self.key.heads, -1))
 
     def forward(self, x: Tensor, where: Where, layer: int) -> Tensor:
+        if self.linear is not None:
+            q, k, v = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
+            mixed = self.linear(self.query.split(q), self.key.split(k), v.unflatten(-1, (self.key.heads, -1)))
+            x = x + self.to_out(mixed.flatten(2))
+            return x + self.feed_forward(self.norm2(x))
         q, k, v = self.project(x, where.rotary)
         if where.cache is not None:
             cache = where.cache[layer]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .packed import PackedModelMixin
 from .token_adaptive import PARTS, AdaptiveNorm, Modulation
-from .token_config import EXTRA, Kind, Mixing, Turning, check_config
+from .token_config import EXTRA, Attention, Kind, Mixing, Turning, check_attention, check_config
 from .token_decoding import TokenDecoding
 from .token_layers import Heads, KeysValues, Rotary, Stack, Style, Where, causal_mask, token_places, turns
 
@@ -59,6 +59,7 @@ class TokenTransformer(TokenDecoding, PackedModelMixin, ModelMixin, ConfigMixin)
             the first token is muted, and the prompt sees the picture.
         adaptive: VAR's layers, which a label tells by scaling and shifting; nothing is turned then.
         shared_modulation: of adaptive layers: the label is projected once for all (VAR at 512 x 512).
+        attention: "softmax", or "lina" for linear attention with gates, of kind "masked".
 
     Raises:
         ValueError: a kind that does not exist or sizes that contradict it.
@@ -86,11 +87,14 @@ class TokenTransformer(TokenDecoding, PackedModelMixin, ModelMixin, ConfigMixin)
         turning: Turning = "grid",
         adaptive: bool = False,
         shared_modulation: bool = False,
+        attention: Attention = "softmax",
     ) -> None:
         super().__init__()
         layout = (scale_sides, token_channels, scale_mixing, turning, adaptive, num_classes)
         check_config(kind, grid, num_cross_layers, *layout)
-        style = Style(normed_heads, norm_eps, adaptive, shared_modulation)
+        check_attention(attention, kind, grid, turning, learned_positions)
+        linear_grid = (grid[0], grid[1]) if attention == "lina" else None
+        style = Style(normed_heads, norm_eps, adaptive, shared_modulation, linear_grid)
         discrete = token_channels is None
         self.token_embedding = nn.Embedding(vocab_size, dim) if discrete else nn.Linear(token_channels, dim)
         if num_classes is None:
@@ -132,6 +136,11 @@ class TokenTransformer(TokenDecoding, PackedModelMixin, ModelMixin, ConfigMixin)
     def tokens(self) -> int:
         """N."""
         return self.cos.shape[0] - (self.config["turning"] == "line")
+
+    @property
+    def prompt_sees_all(self) -> bool:
+        """Of kind masked: whether the prompt sees the picture, so that its keys change with it."""
+        return self.config["turning"] == "line" or self.config["attention"] == "lina"
 
     @property
     def places(self) -> Tensor:
@@ -190,7 +199,7 @@ class TokenTransformer(TokenDecoding, PackedModelMixin, ModelMixin, ConfigMixin)
         if kind == "masked":
             x = torch.cat([prefix, self._shown(tokens, cast("Tensor", known))], dim=1)
             seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-            if self.config["turning"] != "line":
+            if not self.prompt_sees_all:
                 seen[: prefix.shape[1], prefix.shape[1] :] = False  # so that the prompt's keys can be cached
             x = self.self_decoder(x, Where(self.rotary(None, prefix.shape[1]), seen))
             return self._out(x[:, prefix.shape[1] :])
