@@ -35,6 +35,7 @@ import millstream as ms
 from millstream.models.tiny_vae import TinyVideoDecoder
 from millstream.models.transformer import CausalTransformer3DModel
 from millstream.pipelines.memory import memory_plan
+from millstream.pipelines.presets import PRESETS, Preset
 from millstream.pipelines.recipes import RECIPES, Recipe
 
 WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
@@ -104,14 +105,17 @@ class Bench:
         """What is measured, the most important first."""
         longlive, stream = RECIPES["longlive"], self.stream
         first: dict[str, Callable[[], dict[str, Any]]] = {
-            f"{preset}, {decoder} decoder": partial(stream, longlive, preset, tiny=decoder == "tiny")
+            f"{preset}, {decoder} decoder": partial(stream, longlive, preset, decoder == "tiny")
             for decoder in ("tiny", "full")
             for preset in ("exact", "fast")
         }
+        fast = PRESETS["fast"]
+        others = {"in FP8": replace(fast, linears="fp8"), "in FP8, kept at once": replace(fast, linears="fp8", reuse=1)}
         first |= {
-            f"{preset}, {decoder} decoder beside": partial(
-                stream, longlive, preset, tiny=decoder == "tiny", beside=True
-            )
+            f"fast {name}, tiny decoder": partial(stream, longlive, each, tiny=True) for name, each in others.items()
+        }
+        first |= {
+            f"{preset}, {decoder} decoder beside": partial(stream, longlive, preset, decoder == "tiny", beside=True)
             for decoder in ("full", "tiny")
             for preset in ("exact", "fast")
         }
@@ -161,7 +165,12 @@ class Bench:
         return self.make(AutoencoderKLWan, {"base_dim": 96 if self.real else 4})
 
     def pipe(
-        self, recipe: Recipe, preset: str, tiny: bool, shape: dict[str, Any] | None = None, beside: bool = False
+        self,
+        recipe: Recipe,
+        preset: Preset | str,
+        tiny: bool,
+        shape: dict[str, Any] | None = None,
+        beside: bool = False,
     ) -> ms.VideoPipeline:
         model = self.make(CausalTransformer3DModel, shape or self.shape)
         widths = (256, 128, 64, 64) if self.real else (8, 8, 8, 4)
@@ -179,7 +188,7 @@ class Bench:
     def stream(
         self,
         recipe: Recipe,
-        preset: str,
+        preset: Preset | str,
         tiny: bool,
         beside: bool = False,
         shape: dict[str, Any] | None = None,

@@ -22,18 +22,22 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..kernels import BlockPlan, apply_rotary, attend
 from ..kernels.fused import Quantized, gate_residual, norm_modulate, norm_rotary, quantized_linear
 from ..streaming.kv_cache import KVChunk
+from .actions import ActionModule, Inputs
 from .quantized import QuantizedLinear, side_by_side
 
 if TYPE_CHECKING:
     from .mixers import LinearMixer
 
+EMPTY = torch.empty(0)
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Context(NamedTuple):
     """What every block of one pass shares: `grid` frames, rows and columns of tokens, and how many neighbouring tokens
     see each other whole where tokens are mixed linearly. `turn` is `rotary` as complex numbers [B, L, 1, d / 2], where
-    a stream has them ready. `plan` makes a layer's attention plan, as `attention_plans.PlannedMixin.planner` says."""
+    a stream has them ready. `plan` makes a layer's attention plan, as `attention_plans.PlannedMixin.planner` says.
+    What action modules hear are `inputs`, at the frames' `positions` int64 [B or 1, F]; `frame_mask` bool [1, 1, F, F]
+    says which frames see each other where there is no cache."""
 
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | BlockMask | None
@@ -42,6 +46,9 @@ class Context(NamedTuple):
     block: int
     turn: Tensor | None = None
     plan: Callable[..., BlockPlan | None] | None = None
+    inputs: Inputs | None = None
+    positions: Tensor = EMPTY
+    frame_mask: Tensor | None = None
 
 
 class Fused(NamedTuple):
@@ -153,6 +160,7 @@ class Block(nn.Module):
         cross_norm: bool,
         added_kv_proj_dim: int | None,
         mixer: LinearMixer | None,
+        action_model: ActionModule | None = None,
     ) -> None:
         super().__init__()
         self.mixer = mixer
@@ -162,6 +170,7 @@ class Block(nn.Module):
             self.attn2 = Attention(dim, heads, eps, added_kv_proj_dim)
             self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_norm else nn.Identity()
         self.cross = cross
+        self.action_model = action_model
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -172,6 +181,8 @@ class Block(nn.Module):
         x = gated(x, self.self_attention(modulated(self.norm1, x, shift, scale), layer, context), gate)
         if self.cross:
             x = x + self.cross_attention(self._normed(x), text)
+        if self.action_model is not None:
+            x = self.action_model(x, layer, context)
         return gated(x, self.feed_forward(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
 
     def _normed(self, x: Tensor) -> Tensor:
@@ -181,13 +192,15 @@ class Block(nn.Module):
         return norm_modulate(x, norm.bias[None, None], norm.weight[None, None] - 1, eps=norm.eps)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """`ffn`; on a GPU the activation is a part of the first product, or of the second one's quantisation."""
+        """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
         first, last = self.ffn.net[0].proj, self.ffn.net[2]  # pyright: ignore[reportAttributeAccessIssue]
         plain = type(first) is type(last) is nn.Linear and first.weight.dtype == x.dtype  # which autocast may change
         if in_one_kernel(x) and plain and x.dtype != torch.float32:
             flat = x.reshape(-1, x.shape[-1])
             hidden = torch._addmm_activation(first.bias, flat, first.weight.t(), use_gelu=True)
             return last(hidden).view(x.shape)
+        if type(last) is QuantizedLinear:
+            return last.after_gelu(first(x))
         return self.ffn(x)
 
     def lay_out_weights(self) -> None:

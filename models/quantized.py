@@ -54,6 +54,18 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.quantized, self.bias)
 
+    def after_gelu(self, x: Tensor) -> Tensor:
+        """What the layer makes of GELU(x), by its tanh approximation."""
+        return quantized_linear(x, self.quantized, self.bias, gelu=True)
+
+    @torch.no_grad()
+    def add(self, delta: Tensor) -> None:
+        """Add `delta` [out, in] to the weight, in place."""
+        now = self.quantized
+        changed = quantize_rows(now.values.float() * now.scale + delta, self.dtype)
+        self.get_buffer("values").copy_(changed.values.view(torch.int8))
+        self.get_buffer("scale").copy_(changed.scale.view(torch.int8))
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
 

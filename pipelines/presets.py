@@ -14,7 +14,7 @@ from torch import nn
 from ..kernels.planners import FlashBlock
 from ..models.quantized import DTYPES, LEAST, QuantizedLinear, quantize_linears
 from ..models.transformer import CausalTransformer3DModel
-from ..streaming.kv_cache import EightBits, KVCache
+from ..streaming.kv_cache import EightBits, KVCache, KVChunk
 
 Numbers = Literal["fp8", "int8"]
 
@@ -29,17 +29,16 @@ class Preset:
             column of the weights; None leaves weights as they are.
         all_linears: every product of a block; otherwise only the wide ones (q, k and v in one, feed-forward), since the
             others take as long in 8 bits.
-        narrowest: products with fewer inputs or outputs than this stay as they are: quantising would take longer than
-            it saves.
-        reuse: attention to what lies outside a chunk is computed at the chunk's first step, kept, and merged with
-            attention inside the chunk at the later ones (`planners.FlashBlock`). The pass that remembers the chunk
-            computes everything.
+        narrowest: products with fewer inputs or outputs than this stay as they are.
+        reuse: steps of a chunk that attend to everything; at later ones attention to what lies outside the chunk is
+            taken as the last of these left it, and merged with attention inside (`planners.FlashBlock`). The pass that
+            remembers the chunk computes everything. 0: all steps attend to everything.
         least_window: tokens in a window from which on `reuse` is done; a smaller one is attended to faster than merged.
         sparse: share of the key blocks outside a chunk that are attended to where a window is long (`long_window`
             frames or more), chosen by their means; 1 attends to all.
         long_window: frames.
         kv: what keys and values are kept in, with a scale per token and head; None keeps them as they are computed.
-        drop_text_encoder: let go of the text encoder once the first prompt is read.
+        text_on_host: the text encoder stays in the host's memory and reads prompts there, wherever the rest moves.
 
     Raises:
         ValueError: numbers that are not known, a share out of range.
@@ -49,12 +48,12 @@ class Preset:
     linears: Numbers | None = None
     all_linears: bool = False
     narrowest: int = LEAST
-    reuse: bool = False
+    reuse: int = 0
     least_window: int = 0
     sparse: float = 1.0
     long_window: int = 21
     kv: Numbers | None = None
-    drop_text_encoder: bool = False
+    text_on_host: bool = False
 
     def __post_init__(self) -> None:
         for field in ("linears", "kv"):
@@ -108,6 +107,12 @@ def kept_attention(preset: Preset, cache: KVCache) -> FlashBlock | None:
     return FlashBlock() if preset.reuse and wide else None
 
 
+def attend_at(step: int, preset: Preset, chunk: KVChunk, kept: FlashBlock | None) -> None:
+    """Let the next pass over `chunk` attend as its step (from 0) does under `preset`."""
+    chunk.reuse = kept if step >= preset.reuse - 1 else None
+    chunk.first = step == preset.reuse - 1
+
+
 def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel) -> None:
     """ValueError if the weights are not what a file should hold."""
     if any(isinstance(part, QuantizedLinear) for part in transformer.modules()):
@@ -119,7 +124,7 @@ def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel) -> None
 
 for each in (
     Preset("exact"),
-    Preset("fast", linears="fp8", narrowest=1024, reuse=True, least_window=4096),
-    Preset("small", linears="int8", all_linears=True, kv="int8", drop_text_encoder=True),
+    Preset("fast", linears="int8", reuse=2, least_window=4096),
+    Preset("small", linears="int8", all_linears=True, kv="int8", text_on_host=True),
 ):
     add_preset(each)

@@ -29,15 +29,14 @@ from ..streaming.types import Leaves
 from .presets import Preset, apply_preset, find_preset, refuse_saving
 from .recipes import Recipe, as_config, find_recipe
 from .timeline import Timeline
-from .video_ahead import AheadStreamer
 from .video_load import check_parts, load_components
+from .video_manners import ManneredStreamer
 from .video_output import (
     OutputType,
     VideoPipelineOutput,
     VideoSession,
     as_output,
     as_picture,
-    is_offloaded,
     joined,
 )
 from .video_state import VideoState, to_leaves
@@ -46,7 +45,7 @@ FIXED = ("recipe", "text_length", "preset")
 RATE = 16.0  # pictures per second, of every Wan model but the 5B one
 
 
-class VideoPipeline(AheadStreamer):
+class VideoPipeline(ManneredStreamer):
     """Draws video chunk by chunk while words steer it.
 
     Args:
@@ -192,7 +191,12 @@ class VideoPipeline(AheadStreamer):
         given = None if video is None else (as_picture(picture, self.size) for picture in video)
         progress: Any = self.progress_bar  # accelerate's wrapper hides its signature from type checkers
         place = {"height": height, "width": width, "generator": generator}
-        with self.stream(prompt, image=image, strength=strength, **place) as session, progress(total=num_frames) as bar:
+        prompts = [prompt, *(cue.prompt for cue in (timeline.cues if timeline else ()))]
+        with (
+            self.visiting(prompts),
+            self.stream(prompt, image=image, strength=strength, **place) as session,
+            progress(total=num_frames) as bar,
+        ):
             for drawn in self.drain(session, num_frames, given, timeline):
                 latents += session.state.finished if session.state is not None else []
                 for chunk in drawn:
@@ -217,11 +221,7 @@ class VideoPipeline(AheadStreamer):
         generator: torch.Generator | None = None,
     ) -> VideoSession:
         """An endless session; arguments as in the call. `session.step(Frame(picture, time))` redraws an input video."""
-        if any(is_offloaded(component) for component in self.components.values()):
-            raise ValueError(
-                "a stream cannot run with model CPU offload; move the pipeline with .to(device) instead, and give the "
-                "text encoder's memory back with encode_prompt(...) and drop_text_encoder()"
-            )
+        self.refuse_offload()
         self.resize(height or self.size[0], width or self.size[1])
         start = None if image is None else as_picture(image, self.size)
         return VideoSession(self, VideoControl(prompt, strength=strength), generator=generator, image=start)

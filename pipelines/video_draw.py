@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..samplers import Renoise, Triangle, add_noise, integrate
 from ..streaming.kv_cache import KVChunk
-from .presets import kept_attention
+from .presets import attend_at, kept_attention
 from .video_passes import VideoPasses, numbers
 from .video_state import Finished, VideoState
 
@@ -81,10 +81,10 @@ class VideoDrawer(VideoPasses):
             count = chunk.num_frames
             if len(sigmas) > 1:
                 self._prepare(sigmas[:-1], chunk)
-            reuse = kept_attention(self.preset, self.arena.cache)
+            kept = kept_attention(self.preset, self.arena.cache)
 
             def denoise(x: Tensor, sigma: float) -> Tensor:
-                chunk.reuse, chunk.first = reuse, sigma == sigmas[0]
+                attend_at(sigmas.index(sigma), self.preset, chunk, kept)
                 return self._flow(x, self._condition(sigma, chunk), chunk)
 
             x = self._noise_of(numbers, count, 0)

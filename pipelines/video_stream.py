@@ -53,10 +53,23 @@ class VideoStreamer(VideoDrawer):
             )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the weights as diffusers does. ValueError while sessions are open: their memory would stay behind."""
+        """Move the weights as diffusers does. ValueError while sessions are open: their memory would stay behind.
+
+        Under a preset such as `small` the text encoder stays on the host; a dtype is given to it all the same.
+        """
         self._check_idle("move")
         self._arena = self._still = None
-        return super().to(*args, **kwargs)
+        reader = self.text_encoder if self.preset.text_on_host else None
+        if reader is None:
+            return super().to(*args, **kwargs)
+        self.register_modules(text_encoder=None)
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.register_modules(text_encoder=reader)
+        for dtype in [each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)]:
+            reader.to(dtype)
+        return self
 
     def fresh(self, seed: int) -> VideoState:
         """A stream with nothing in it; the arena follows the weights to another device while nothing runs."""

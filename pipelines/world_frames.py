@@ -24,7 +24,7 @@ from ..samplers.flow_sampler import integrate
 from ..samplers.guidance import combine
 from ..streaming import WorldControl
 from ..streaming.kv_cache import KVCache, KVChunk, Window
-from .presets import Preset, kept_attention, kv_storage
+from .presets import Preset, attend_at, kept_attention, kv_storage
 from .rows import RowArena
 from .world_state import WorldState
 
@@ -76,11 +76,12 @@ class FrameDrawer(DiffusionPipeline):
             kept, kept_silent = (kept_attention(self.preset, self.arena.cache) for _ in range(2))
 
             def denoise(latents: Tensor, sigma: float) -> Tensor:
-                chunk.reuse, chunk.first = kept, sigma == sigmas[0]
+                step = sigmas.index(sigma)
+                attend_at(step, self.preset, chunk, kept)
                 flow = self._flow(latents, sigma, text, chunk, actions)
                 if silence is None:
                     return flow
-                chunk.reuse = kept_silent
+                attend_at(step, self.preset, chunk, kept_silent)
                 return combine(flow, self._flow(latents, sigma, silence, chunk, actions), weight)
 
             def noise(step: int) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..streaming import Session
 
 VIDEO_SCALE = 4  # recordings of worlds are enlarged, since players blur a thumbnail
+ON_GPU = 1024  # inputs and outputs of a product below which a GPU takes longer to quantise than it saves
 THUMBNAIL = 240  # pixels of height below which a picture is one
 
 
@@ -45,8 +47,13 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
     """
     import torch
 
+    from ..pipelines.presets import find_preset
+
     torch_device = pick_device(device)
-    dtype, arithmetic = world_dtype(preset, torch_device.type), {} if preset is None else {"preset": preset}
+    dtype, arithmetic = world_dtype(preset, torch_device.type), {}
+    if preset is not None:
+        chosen = find_preset(preset)
+        arithmetic = {"preset": replace(chosen, narrowest=ON_GPU) if torch_device.type == "cuda" else chosen}
     shipped = shipped_models()
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name not in shipped and not on_hub and not Path(name).expanduser().is_dir():

@@ -14,7 +14,7 @@ from millstream.pipelines.presets import PRESETS, Preset, add_preset, find_prese
 from millstream.pipelines.recipes import RECIPES
 from millstream.pipelines.video import VideoPipeline
 
-FAST = replace(PRESETS["fast"], narrowest=16, least_window=0)  # which would leave models as small as these alone
+FAST = replace(PRESETS["fast"], least_window=0)  # from which on it would keep attention
 
 
 def clip(pipe, seeded, steps=6):
@@ -25,7 +25,7 @@ def clip(pipe, seeded, steps=6):
 @pytest.mark.parametrize("recipe", ["longlive", "longlive_unbounded", "causvid"])
 @pytest.mark.parametrize(
     "preset",
-    [FAST, "small", Preset("reuse", reuse=True), Preset("fp8 keys", kv="fp8")],
+    [FAST, "small", Preset("reuse", reuse=1), Preset("fp8 keys", kv="fp8")],
     ids=lambda p: getattr(p, "name", p),
 )
 def test_a_preset_is_near_exact_and_is_not_exact(make, seeded, recipe, preset):
@@ -38,12 +38,12 @@ def test_a_preset_is_near_exact_and_is_not_exact(make, seeded, recipe, preset):
 def test_reuse_is_exact_where_a_chunk_has_one_step(make, seeded, position):
     """Then nothing is kept for later: attention in two parts, merged, is attention, wherever the ring stands."""
     recipe = replace(RECIPES["longlive"], name="once", timesteps=(1000,), position=position)
-    exact, reuse = (clip(make(recipe, preset=each), seeded, 9) for each in ("exact", Preset("reuse", reuse=True)))
+    exact, reuse = (clip(make(recipe, preset=each), seeded, 9) for each in ("exact", Preset("reuse", reuse=1)))
     torch.testing.assert_close(exact, reuse, atol=2e-4, rtol=0)
 
 
 def test_reuse_is_exact_while_nothing_lies_outside_and_remembers_exactly(make, seeded):
-    exact, reuse = make("longlive"), make("longlive", preset=Preset("reuse", reuse=True))
+    exact, reuse = make("longlive"), make("longlive", preset=Preset("reuse", reuse=1))
     sessions = [pipe.stream("a corgi surfs", generator=seeded()) for pipe in (exact, reuse)]
     one, other = (session.step()[0].data for session in sessions)
     torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
@@ -51,7 +51,7 @@ def test_reuse_is_exact_while_nothing_lies_outside_and_remembers_exactly(make, s
 
 
 def test_the_wide_products_alone_are_narrowed_by_fast_and_all_by_small(make):
-    for preset, count in ((FAST, 5), ("small", 10), ("fast", 0)):
+    for preset, count in (("fast", 5), ("small", 10), (Preset("wide alone", linears="fp8", narrowest=33), 0)):
         pipe = make(preset=preset)
         block = pipe.transformer.blocks[0]
         assert sum(isinstance(part, QuantizedLinear) for part in block.modules()) == count
@@ -70,7 +70,17 @@ def test_a_presets_plan_of_memory_is_what_it_takes(make, seeded, tmp_path):
             assert plans[preset].kv == pipe.arena.cache.bytes
     assert plans["small"].kv < 0.4 * plans["exact"].kv  # float32 here
     assert plans["small"].weights["transformer"] < 0.6 * plans["exact"].weights["transformer"]
-    assert plans["small"].weights["text_encoder"] < plans["exact"].weights["text_encoder"]
+    assert plans["small"].host["text_encoder"] < plans["exact"].weights["text_encoder"]
+    assert "text_encoder" not in plans["small"].weights
+    assert "text_encoder, on the host" in plans["small"].as_text()
+
+
+def test_the_text_encoder_of_small_stays_where_it_is_and_goes_on_reading(make, seeded):
+    pipe = make(preset="small").to("meta", torch.bfloat16)
+    assert pipe.text_encoder.device.type == "cpu"
+    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.transformer.device.type == "meta"
+    assert pipe.encode_prompt("a corgi surfs").isfinite().all()
 
 
 def test_a_pipeline_with_narrow_weights_is_not_saved(make, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from millstream.pipelines import presets
 from millstream.streaming import Frame, VideoControl
 from millstream.streaming.graphs import Recordings
 
@@ -16,6 +18,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 from test_graphs import Tape
 
 RECIPES = ["self_forcing", "longlive", "longlive_unbounded", "rolling_forcing", "krea", "streamdiffusion_v2"]
+FAST = replace(presets.PRESETS["fast"], least_window=0)  # from which on it would keep attention
+PRESETS = [FAST, replace(FAST, name="fp8", linears="fp8", reuse=1, kv="fp8"), presets.PRESETS["small"]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -52,6 +56,13 @@ def test_replayed_equals_run_to_the_bit(recorded, seeded, recipe):
     assert len(pipes[0].arena.recordings) >= 3
     assert len(pipes[0].arena.decodings) >= 2
     assert None not in pipes[0].arena.recordings._replays.values(), "nothing was refused"
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_presets_are_replayed_to_the_bit(recorded, seeded, preset):
+    pipes = [recorded("longlive", patience, preset=preset) for patience in (1, 10**9)]
+    one, other = (frames(pipe.stream("a corgi surfs", generator=seeded()), 9, "recache") for pipe in pipes)
+    assert torch.equal(one, other)
 
 
 def test_what_the_warmup_recorded_serves_every_later_stream(recorded, seeded):
@@ -140,6 +151,22 @@ def test_cuda_graphs_draw_what_the_steps_draw(make, seeded, recipe, overlap):
     (one, arena), (other, _) = played(1), played(10**9)
     assert torch.equal(one, other)
     assert len(arena.recordings) >= 3
+    assert None not in (arena.recordings._replays | arena.decodings._replays).values(), "nothing was refused"
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_cuda_graphs_draw_what_the_steps_of_a_preset_draw(make, seeded, preset):
+    def played(patience):
+        pipe = make("longlive", preset=preset).to("cuda", torch.bfloat16)
+        for name in ("recordings", "decodings"):
+            getattr(pipe.arena, name).patience = patience
+        return frames(pipe.stream("a corgi surfs", generator=seeded()), 12, "recache"), pipe.arena
+
+    (one, arena), (other, _) = played(1), played(10**9)
+    assert torch.equal(one, other)
+    assert one.isfinite().all()
     assert None not in (arena.recordings._replays | arena.decodings._replays).values(), "nothing was refused"
 
 
