@@ -194,7 +194,8 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
         first, last = self.ffn.net[0].proj, self.ffn.net[2]  # pyright: ignore[reportAttributeAccessIssue]
-        if in_one_kernel(x) and type(first) is type(last) is nn.Linear and x.dtype != torch.float32:
+        plain = type(first) is type(last) is nn.Linear and first.weight.dtype == x.dtype  # which autocast may change
+        if in_one_kernel(x) and plain and x.dtype != torch.float32:
             flat = x.reshape(-1, x.shape[-1])
             hidden = torch._addmm_activation(first.bias, flat, first.weight.t(), use_gelu=True)
             return last(hidden).view(x.shape)

@@ -78,7 +78,7 @@ def load_vae(
         FileNotFoundError, ValueError: as `load_transformer`; ValueError too where the statistics of the latents are not
             given, since pictures would come out as snow.
     """
-    stored = {unwrapped(name): value for name, value in _flat(read_weights(source, headers_only=headers_only)).items()}
+    stored = {unwrapped(name): value for name, value in flat(read_weights(source, headers_only=headers_only)).items()}
     config = _json_beside(Path(source))
     if "decoder.conv_in.weight" in stored:
         if config is None or not {"latents_mean", "latents_std"} <= config.keys():
@@ -113,7 +113,7 @@ def load_text_encoder(
     Raises:
         FileNotFoundError, ValueError: as `load_transformer`.
     """
-    stored = _flat(read_weights(source, headers_only=headers_only))
+    stored = flat(read_weights(source, headers_only=headers_only))
     settings = _json_beside(Path(source))
     if "token_embedding.weight" in stored:
         weights = {text_encoder_name(name): value for name, value in stored.items()}
@@ -240,7 +240,8 @@ def _text_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _flat(stored: Mapping[str, Any]) -> dict[str, Tensor]:
+def flat(stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, out of the dictionary that a training run wrapped around them."""
     for nest in ("state_dict", "model"):
         if isinstance(stored.get(nest), Mapping):
             stored = stored[nest]
