@@ -72,7 +72,7 @@ class GameReader(PromptReader):
             return self.text_length
         if self.image_encoder is None:
             return 257  # of CLIP ViT-H, which all published models have
-        config = self.image_encoder.config
+        config: Any = self.image_encoder.config
         return (config.image_size // config.patch_size) ** 2 + 1
 
     def known_prompt(self) -> str:
@@ -117,7 +117,8 @@ class GameReader(PromptReader):
         """What a picture [3, H, W] in [0, 1] is to the model: its tokens [N, D], and latents [z, 32, h, w]."""
         if self.image_encoder is None:
             raise ValueError("there is no image encoder to see the picture with; load the model with its image_encoder")
-        device, side = self.transformer.device, self.image_encoder.config.image_size
+        config: Any = self.image_encoder.config
+        device, side = self.transformer.device, config.image_size
         # As Wan shows pictures to CLIP: all of it, pressed into a square.
         square = F.interpolate(picture.cpu()[None], (side, side), mode="bicubic")
         mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))

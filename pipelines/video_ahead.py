@@ -81,7 +81,7 @@ class AheadStreamer(VideoStreamer):
         turns = recipe.window + (recipe.window - recipe.sinks + recipe.spare)  # until the ring has come round
         count = -(-turns // recipe.chunk) + recipe.units if self.arena.recordings.records else 2
         control = VideoControl(self.known_prompt())
-        progress: Any = self.progress_bar  # accelerate's wrapper hides its signature from type checkers
+        progress: Any = self.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
         with self._sharing, self._fastest():
             state = self.fresh(0)
             try:

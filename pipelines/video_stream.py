@@ -68,7 +68,7 @@ class VideoStreamer(VideoDrawer):
         finally:
             self.register_modules(text_encoder=reader)
         for dtype in [each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)]:
-            reader.to(dtype)
+            reader.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]  (wrapped)
         return self
 
     def fresh(self, seed: int) -> VideoState:

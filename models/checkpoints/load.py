@@ -191,7 +191,7 @@ def config_from_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "attention_head_dim": head_dim,
         "in_channels": channels,
         "out_channels": shape[needed[1]][0] // math.prod(size),
-        "text_dim": None if played else shape[needed[4]][1],
+        "text_dim": None if played else shape[needed[-1]][1],
         "freq_dim": shape[needed[3]][1],
         "ffn_dim": shape[needed[2]][0],
         "num_layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
@@ -210,6 +210,7 @@ def action_modules(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
         return None
     inside = f"blocks.{blocks[0]}.action_model."
     shapes = {name.removeprefix(inside): tuple(value.shape) for name, value in weights.items() if inside in name}
+    wide = head = 0
     keys, mouse = "keyboard_attn_kv.weight" in shapes, "t_qkv.weight" in shapes
     found: dict[str, Any] = {"blocks": blocks, "enable_keyboard": keys, "enable_mouse": mouse}
     if keys:
