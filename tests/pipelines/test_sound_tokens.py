@@ -137,3 +137,25 @@ def test_refusals() -> None:
         draw_codes(model(), FRAMES, SEEDS, condition=condition(), prompt=codes(10))
     with pytest.raises(ValueError, match=r"steps must be for at most 3 levels, got \[4, 1, 1, 1\]"):
         level_plan(3, 10, (4, 1, 1, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.no_grad()
+def test_a_whole_clip_is_one_cuda_graph() -> None:
+    """No value is read back, so it can be recorded; another seed in the same memory gives another clip."""
+    net, told, seeds = model().cuda(), condition().cuda(), SEEDS.cuda()
+
+    def draw() -> Tensor:
+        return draw_codes(net, FRAMES, seeds, condition=told, steps=(4,))
+
+    wanted = draw()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = draw()
+    graph.replay()
+    assert torch.equal(recorded, wanted)
+    seeds += 100
+    graph.replay()
+    assert not torch.equal(recorded, wanted)
+    assert torch.equal(recorded, draw())
