@@ -233,6 +233,7 @@ def batched(slow, shape, chunks, timesteps):
 
 
 WARPED = [1000.0, 937.5, 2500 / 3, 625.0]
+GAME = [1000.0, 3330 / 3.664, 1665 / 2.332]
 UNWARPED = [1000.0, 757.0, 522.0]
 ROLLING = [1000.0, 20000 / 21, 15000 / 17, 10000 / 13, 5000 / 9]
 BATCHED = [1000.0, 500.0]  # without an input the first level is pure noise
@@ -248,6 +249,8 @@ def published(name, pipe, chunks):
         return staircase(slow, shape, chunks, WARPED, 3, 12, 3, absolute)
     if name == "longlive_unbounded":
         return staircase(slow, shape, chunks, WARPED, 3, 12, 3, relative)
+    if name == "matrix_game_2":  # with a picture, keys and mouse: see test_game
+        return staircase(slow, shape, chunks, GAME, 3, 6, 0, absolute)
     if name == "rolling_forcing":
         return rolling(slow, shape, chunks, ROLLING)
     if name == "streamdiffusion_v2":
@@ -293,6 +296,7 @@ def test_a_recipe_draws_what_its_published_loop_draws(name, make, monkeypatch):
         ("longlive_unbounded", [1000, 937.5, 833.333, 625]),
         ("rolling_forcing", [1000, 952.381, 882.353, 769.231, 555.556]),
         ("krea", [1000, 937.5, 833.333, 625]),
+        ("matrix_game_2", [1000, 908.843, 713.979]),
         ("streamdiffusion_v2", [700, 500]),
     ],
 )
