@@ -173,13 +173,16 @@ class ActionCache(KVCache):
     def __init__(self, *, modules: Mapping[str, Any], **others: Any) -> None:
         super().__init__(**others)
         self.place = {layer: place for place, layer in enumerate(modules["blocks"])}
-        heads, whole = modules.get("heads_num", 16), others | {"layers": len(self.place), "position": "absolute"}
-        whole = {name: value for name, value in whole.items() if name != "storage"}  # they are small
+        heads, own = modules.get("heads_num", 16), {"layers": len(self.place), "position": "absolute"}
+        whole: dict[str, Any] = {
+            name: value for name, value in (others | own).items() if name != "storage"
+        }  # they are small
         self.parts: dict[str, KVCache] = {}
         for name, tokens in (("mouse", others["tokens_per_frame"]), ("keyboard", 1)):
             if modules.get(f"enable_{name}", True):
                 shape = {"heads": heads, "head_dim": modules.get(f"{name}_hidden_dim", 1024) // heads}
-                self.parts[name] = KVCache(**whole | shape | {"tokens_per_frame": tokens})
+                mine: dict[str, Any] = whole | shape | {"tokens_per_frame": tokens}
+                self.parts[name] = KVCache(**mine)
 
     @property
     def bytes(self) -> int:

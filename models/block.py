@@ -10,7 +10,7 @@ Where a gradient is wanted the operations are Wan's, one by one. A stream is dra
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -118,7 +118,7 @@ class Attention(nn.Module):
 
     def fuse(self) -> None:
         """Lay the weights of q, k and v side by side, so that one product makes all three. Names and values stay."""
-        linears = self.to_q, self.to_k, self.to_v
+        linears: Any = (self.to_q, self.to_k, self.to_v)
         kinds = {(type(linear), getattr(linear, "dtype", None)) for linear in linears}
         if len(kinds) > 1 or type(self.to_q) not in (nn.Linear, QuantizedLinear):
             return  # adapters and other quantised layers do more than a product
@@ -193,7 +193,8 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
-        first, last = self.ffn.net[0].proj, self.ffn.net[2]  # pyright: ignore[reportAttributeAccessIssue]
+        net: Any = self.ffn.net
+        first, last = net[0].proj, net[2]
         plain = type(first) is type(last) is nn.Linear and first.weight.dtype == x.dtype  # which autocast may change
         if in_one_kernel(x) and plain and x.dtype != torch.float32:
             flat = x.reshape(-1, x.shape[-1])

@@ -38,6 +38,7 @@ class QuantizedLinear(nn.Module):
             values, scale = (part.contiguous().view(torch.int8) for part in quantized)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
+        self.bias: Tensor | None
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     @property

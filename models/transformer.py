@@ -141,6 +141,7 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
             image: [B, N, image_dim] embedding of an image prompt, for image-to-video checkpoints.
         """
         if self.config["text_dim"] is None:
+            assert self.condition_embedder.image_embedder is not None, "the config asked for one"
             seen = self.condition_embedder.image_embedder(encoder_hidden_states)
             return [block.attn2.keys(seen) if block.cross else () for block in cast("Sequence[Block]", self.blocks)]
         text = self.condition_embedder.text_embedder(encoder_hidden_states.flatten(0, -3))

@@ -78,7 +78,7 @@ def memory_plan(pipe: VideoPipeline, streams: int = 1) -> MemoryPlan:
         weights={name: count for name, count in weights.items() if name not in staying},
         host={name: weights[name] for name in staying},
         kv=cache.bytes,
-        prompts=2 * config["num_layers"] * rows * pipe.text_length * dim * model.dtype.itemsize,
+        prompts=2 * config["num_layers"] * rows * pipe.prompt_length * dim * model.dtype.itemsize,
         codec=kept * streams,
         working=WORKING * widest,
     )

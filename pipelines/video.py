@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from typing_extensions import Self
 
 from ..models.tiny_vae import TinyVideoDecoder
@@ -29,6 +29,7 @@ from ..streaming.types import Leaves
 from .presets import Preset, apply_preset, find_preset, refuse_saving
 from .recipes import Recipe, as_config, find_recipe
 from .timeline import Timeline
+from .video_actions import new_control
 from .video_load import check_parts, load_components
 from .video_manners import ManneredStreamer
 from .video_output import (
@@ -56,13 +57,14 @@ class VideoPipeline(ManneredStreamer):
         rate: pictures per second.
         text_length: tokens a prompt is cut or padded to.
         preset: how exactly it draws: a `Preset`, or the name of one. It is applied to the weights that are given.
+        image_encoder: CLIP, for models that are played and see the picture their world begins with.
 
     Raises:
         ValueError: parts that do not belong together.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components: ClassVar = ["text_encoder", "tokenizer", "decoder"]
+    _optional_components: ClassVar = ["text_encoder", "tokenizer", "decoder", "image_encoder"]
 
     def __init__(
         self,
@@ -76,11 +78,13 @@ class VideoPipeline(ManneredStreamer):
         rate: float = RATE,
         text_length: int = 512,
         preset: Preset | str = "exact",
+        image_encoder: CLIPVisionModel | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, decoder=decoder
         )
+        self.register_modules(image_encoder=image_encoder)
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
         self.preset = find_preset(preset)
         check_parts(transformer, vae, text_encoder)
@@ -224,7 +228,10 @@ class VideoPipeline(ManneredStreamer):
         self.refuse_offload()
         self.resize(height or self.size[0], width or self.size[1])
         start = None if image is None else as_picture(image, self.size)
-        return VideoSession(self, VideoControl(prompt, strength=strength), generator=generator, image=start)
+        if self.is_game and start is None:
+            raise ValueError("a world of this model begins with a picture: give image=")
+        control = new_control(self.is_game, prompt, strength)
+        return VideoSession(self, control, generator=generator, image=start)
 
     # What a session asks for (`Streamable`).
 
@@ -232,7 +239,9 @@ class VideoPipeline(ManneredStreamer):
         """Refuse prompts that cannot be read."""
         if any("\ud800" <= character <= "\udfff" for character in control.prompt):
             raise ValueError("the prompt holds half a character (a lone surrogate); send it as UTF-8")
-        if self.text_encoder is None:
+        if self.is_game:
+            self.check_game(control)
+        elif self.text_encoder is None:
             self.encode_prompt(control.prompt)
 
     @torch.no_grad()

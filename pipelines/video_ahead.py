@@ -81,16 +81,18 @@ class AheadStreamer(VideoStreamer):
         turns = recipe.window + (recipe.window - recipe.sinks + recipe.spare)  # until the ring has come round
         count = -(-turns // recipe.chunk) + recipe.units if self.arena.recordings.records else 2
         control = VideoControl(self.known_prompt())
-        progress: Any = self.progress_bar  # accelerate's wrapper hides its signature from type checkers
+        progress: Any = self.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
         with self._sharing, self._fastest():
             state = self.fresh(0)
             try:
+                if self.is_game:
+                    self.begin_scene(state, *self.nothing_seen())
                 for _ in progress(range(count)):
                     self._advance(state, control, None)
                 with self.drawing():
                     self.settled(state)
                     self.complete(state)
-                    if not recipe.overlap and recipe.plan != "batch":
+                    if not recipe.overlap and recipe.plan != "batch" and not self.is_game:
                         self.replay(state)
             finally:
                 self.end(state)

@@ -66,7 +66,8 @@ class VideoDrawer(VideoPasses):
             self.begin_anew(state)
         sigmas = recipe.sigmas(1.0 if given is None else strength)
         chunk = self.arena.cache.open(state.rows, recipe.chunk)
-        x = self._drawn(state, None if given is None else given[None], sigmas, chunk)
+        heard = self.heard(state, state.shot, recipe.chunk)
+        x = self._drawn(state, None if given is None else given[None], sigmas, chunk, heard)
         state.step += recipe.chunk
         # A memory that begins anew before the next chunk need not be written.
         if not recipe.overlap or state.step + recipe.chunk <= recipe.window:
@@ -74,11 +75,14 @@ class VideoDrawer(VideoPasses):
         state.note(x[0])
         return x[0]
 
-    def _drawn(self, state: VideoState, given: Tensor | None, sigmas: Sequence[float], chunk: KVChunk) -> Tensor:
+    def _drawn(
+        self, state: VideoState, given: Tensor | None, sigmas: Sequence[float], chunk: KVChunk, heard: list[Tensor]
+    ) -> Tensor:
         """A chunk [1, C, F, h, w] through all its levels, from noise or from `given`, which is noised to the first."""
 
         def drawn(chunk: KVChunk, numbers: Tensor, *given: Tensor) -> Tensor:
-            count = chunk.num_frames
+            self.taken(chunk, given[: len(heard)])
+            given, count = given[len(heard) :], chunk.num_frames
             if len(sigmas) > 1:
                 self._prepare(sigmas[:-1], chunk)
             kept = kept_attention(self.preset, self.arena.cache)
@@ -95,7 +99,7 @@ class VideoDrawer(VideoPasses):
             chunk.reuse = None
             return noised
 
-        inputs = [numbers(state)] + ([] if given is None else [given])
+        inputs = [numbers(state), *heard] + ([] if given is None else [given])
         return self._run(("draw", tuple(sigmas)), drawn, chunk, inputs)
 
     def _triangle(self, state: VideoState, *, ends: bool) -> list[Finished]:
