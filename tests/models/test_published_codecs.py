@@ -116,6 +116,9 @@ def test_the_whole_is_what_transformers_makes(codecs: dict[str, PublishedCodec],
     assert codes.unique().numel() > 4, "a test of one code proves nothing"
     assert torch.equal(codes, wanted)
     torch.testing.assert_close(sound.flatten(), decoded.flatten())
+    coarse = codec.dequantize(codes[:, :2])
+    assert coarse.shape == (1, codec.latent_channels, 24)
+    assert not torch.allclose(coarse, codec.dequantize(codes))
 
 
 @torch.no_grad()

@@ -144,7 +144,9 @@ def test_refusals() -> None:
 @torch.no_grad()
 def test_a_whole_clip_is_one_cuda_graph() -> None:
     """No value is read back, so it can be recorded; another seed in the same memory gives another clip."""
-    net, told, seeds = model().cuda(), condition().cuda(), SEEDS.cuda()
+    with torch.device("cuda"):
+        net = model()
+    told, seeds = condition().cuda(), SEEDS.cuda()
 
     def draw() -> Tensor:
         return draw_codes(net, FRAMES, seeds, condition=told, steps=(4,))
