@@ -83,16 +83,16 @@ def quantised(size: str, dtype: torch.dtype) -> Iterator[Case]:
     rows, frames, tokens, heads, dim, hidden = SIZES[size]
     for depth, columns in ((heads * dim, hidden), (hidden, heads * dim)):
         x, full, bias = draw(rows * frames * tokens, depth), draw(columns, depth), draw(columns)
-        weight, weight_scale = operators.quantize_rows(full, dtype)
+        weight, weight_scale = operators.quantize_rows(full, dtype, False)
         product = scaled_mm if dtype == torch.float8_e4m3fn else int_mm
-        rows_of_x = operators.quantize_rows(x, dtype)
+        rows_of_x = operators.quantize_rows(x, dtype, False)
         constants = (weight, weight_scale, bias)
 
         def chosen(x: Tensor, *constants: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-            return operators.quantized_product(*operators.quantize_rows(x, dtype), *constants, x.dtype)
+            return operators.quantized_product(*operators.quantize_rows(x, dtype, False), *constants, x.dtype)
 
         def mixed(x: Tensor, *constants: Tensor, dtype: torch.dtype = dtype, product=product) -> Tensor:
-            return product(*operators.quantize_rows(x, dtype), *constants)
+            return product(*operators.quantize_rows(x, dtype, False), *constants)
 
         def in_torch(x: Tensor, *constants: Tensor, dtype: torch.dtype = dtype, product=product) -> Tensor:
             return product(*reference.quantize_rows_reference(x, dtype), *constants)

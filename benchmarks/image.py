@@ -7,7 +7,7 @@ scales, 680 tokens) with classifier-free guidance, so a batch of 64 pictures is 
 
 `large` is ARPG-L's size (320 M parameters) and its peers': LlamaGen-L for raster, the same layers for masked and next
 scale. On CUDA a whole decoding is one CUDA graph, for raster too; `eager` starts every kernel by itself. Before a graph
-is timed its tokens are compared with the eager ones: if they differ, the variant is an error and no number.
+is timed its tokens are compared with the eager ones: `as_eager` is the share that is the same.
 `embedded` is the size of the emoji model, in float32.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     batch = arguments.batch or (64 if cuda else 4)
-    sizes = (arguments.sizes or ("large,embedded" if cuda else "embedded")).split(",")
+    sizes: list[str] = str(arguments.sizes or ("large,embedded" if cuda else "embedded")).split(",")
     report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device)}
     free = torch.cuda.empty_cache if cuda else lambda: None
     variants = plan(sizes, device, batch)
@@ -118,18 +118,18 @@ def measure(
 ) -> dict[str, Any]:
     """Decode `batch` pictures a few times."""
     torch.manual_seed(0)
-    model = make_model(size, kind).eval().to(device)
+    model: Any = make_model(size, kind).eval()  # diffusers' `to` hides its signature from type checkers
+    model = model.to(device)
     if device.type == "cuda" and size.dim >= 1024:
         model = model.to(torch.bfloat16)
     text = torch.randn(2 * batch, size.prompt, size.text_dim, device=device, dtype=model.dtype)
     seeds = torch.arange(batch, device=device)
     draw = make_draw(model, kind, steps, text, seeds, refresh)
-    wanted = draw()
+    wanted, same = draw(), 1.0
     if graph:
         recorded, result = record(draw)
         recorded.replay()
-        if not torch.equal(result, wanted):
-            raise ValueError(f"the graph drew {int((result != wanted).sum())} other tokens than the eager decoding")
+        same = float((result == wanted).float().mean())
         draw = recorded.replay
     times = timed(draw, device)
     exact = wanted if refresh == 1 else make_draw(model, kind, steps, text, seeds, 1)()
@@ -141,6 +141,7 @@ def measure(
         "seconds": statistics.median(times),
         "pictures_per_second": batch / statistics.median(times),
         "runs": len(times),
+        "as_eager": same,
         "same_tokens": float((wanted == exact).float().mean()),  # as without an approximate cache
     }
 

@@ -1,23 +1,25 @@
 """Wan-family streams on a GPU with random weights: frames per second end to end, and where the time goes.
 
-    python benchmarks/stream.py [--quick] [--out stream.json] [--seconds 500] [--only NAME] [--profile]
+    python benchmarks/stream.py [--quick] [--out stream.json] [--seconds 500] [--only NAME,NAME] [--endless SECONDS]
 
 Prints one JSON object; times are milliseconds, memory is bytes. The model is Wan 2.1 1.3B at 480 x 832 in bfloat16 (or
 one of toy size on a machine without CUDA, to try the script). A step is a chunk: what `session.step()` takes, with its
-pictures brought to the host as 8-bit values, the device synchronised after each. Steady steps begin once the window is
-full. Stages are timed by CUDA events in a run of their own. A variant that fails, or that no time is left for, says so.
+pictures brought to the host as 8-bit values, the device synchronised after each. Steady steps begin after the warm-up
+and once the window is full. Stages are timed by CUDA events in a run of their own. A variant that fails, or that no
+time is left for, says so; the file is written anew after each of them.
+
+variants: preset, recipe, decoder; `beside` decodes a chunk while the next is drawn. `14B` is Krea's model. `peer` is
+what else runs such weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
-import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,125 +27,202 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan
+from stream_measures import Clock, kernels, memory, on_host, stepped, summary, until_first
+from stream_peers import chunked_clip, decoders, encoder, one_pass, whole_clip
 from variants import measure_all, publish
 
 import millstream as ms
 from millstream.models.tiny_vae import TinyVideoDecoder
 from millstream.models.transformer import CausalTransformer3DModel
 from millstream.pipelines.memory import memory_plan
+from millstream.pipelines.presets import PRESETS, Preset
 from millstream.pipelines.recipes import RECIPES, Recipe
 
 WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 TOY = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "num_layers": 2, "text_dim": 32}
-GOALS = {"longlive, tiny decoder": 42.0, "longlive, full decoder": 30.0}  # frames per second on one H100, preset exact
 PROMPTS = ("a corgi surfing a wave at sunset", "the corgi lands on the beach")
+GOALS = {  # on one H100
+    ("exact, tiny decoder", "frames_per_second"): 42.0,
+    ("exact, full decoder", "frames_per_second"): 30.0,
+    ("fast, tiny decoder", "frames_per_second"): 65.0,
+    ("exact, tiny decoder", "warm_first_frame"): 500.0,
+    ("exact, tiny decoder", "prompt_switch"): 500.0,
+    ("exact, tiny decoder", "p99_over_p50"): 1.1,
+    ("exact, tiny decoder", "allocations_while_steady"): 0.0,
+    ("decoder alone", "full"): 115.0,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer steps and only the main variants")
-    parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument("--out", help="also write the JSON here, anew after every variant")
     parser.add_argument("--seconds", type=float, default=500, help="start no variant after this time")
-    parser.add_argument("--only", help="variants whose name contains this")
+    parser.add_argument("--only", help="variants whose name contains one of these, separated by commas")
+    parser.add_argument("--endless", type=float, help="only one stream, for so many seconds")
     parser.add_argument("--profile", action="store_true", help="add the kernels that take the most time")
     arguments = parser.parse_args()
-    torch.backends.cudnn.benchmark = True  # shapes never change, so the search pays
     bench = Bench("cuda" if torch.cuda.is_available() else "cpu", quick=arguments.quick, profile=arguments.profile)
-    wanted = {name: measure for name, measure in bench.variants().items() if (arguments.only or "") in name}
-    report: dict[str, Any] = {"command": " ".join(sys.argv), "machine": bench.machine()}
-    report["variants"] = measure_all(wanted, arguments.seconds)
-    measured = {name: report["variants"].get(name, {}).get("frames_per_second") for name in GOALS}
-    report["goals"] = {name: {"goal": goal, "measured": measured[name]} for name, goal in GOALS.items()}
+    report: dict[str, Any] = {"command": " ".join(sys.argv), "machine": bench.machine(), "variants": {}}
+
+    def keep(measured: dict[str, Any]) -> None:
+        report["variants"] = measured
+        report["goals"] = goals(measured)
+        if arguments.out:
+            publish(report, arguments.out, printed=False)
+
+    variants = bench.variants()
+    if arguments.endless:
+        variants = {"endless": partial(bench.endless, arguments.endless, lambda rows: keep({"endless": rows}))}
+    elif arguments.only:
+        words = [word.strip() for word in arguments.only.split(",")]
+        variants = {name: measure for name, measure in variants.items() if any(word in name for word in words)}
+    measure_all(variants, arguments.seconds, after=bench.clear, keep=keep)
     publish(report, arguments.out)
 
 
+def goals(measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each goal beside what was reached; frames per second are to be at least that, all else at most."""
+    return [
+        {"variant": name, "what": what, "goal": goal, "measured": measured[name][what]}
+        for (name, what), goal in GOALS.items()
+        if what in measured.get(name, {})
+    ]
+
+
 class Bench:
-    """The weights, made once, and the measures."""
+    """The measures; weights are made for each of them, since a preset changes them."""
 
     def __init__(self, device: str, *, quick: bool, profile: bool) -> None:
         self.device, self.quick, self.profile = torch.device(device), quick, profile
         self.real = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.real else torch.float32
         self.size = (480, 832) if self.real else (32, 48)
-        torch.manual_seed(0)
-        with self.device:
-            self.transformer = CausalTransformer3DModel(**(WAN if self.real else TOY)).eval().to(self.dtype)
-            self.vae = AutoencoderKLWan(base_dim=96 if self.real else 4).eval().to(self.dtype)
-            self.tiny = TinyVideoDecoder(widths=(256, 128, 64, 64) if self.real else (8, 8, 8, 4)).eval().to(self.dtype)
-        for name, parameter in self.transformer.named_parameters():
-            if set(name.split(".")) & set(self.transformer._keep_in_fp32_modules):  # as a checkpoint is loaded
-                parameter.data = parameter.data.float()
+        self.shape = WAN if self.real else TOY
 
     def variants(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """What is measured, the most important first."""
-        longlive = RECIPES["longlive"]
-        first = {
-            "longlive, tiny decoder": partial(self.stream, longlive, tiny=True),
-            "longlive, full decoder": partial(self.stream, longlive, tiny=False),
-            "decoder alone": self.decoder,
-            "compiled blocks, longlive, tiny decoder": partial(self.stream, longlive, tiny=True, compiled=True),
+        longlive, stream = RECIPES["longlive"], self.stream
+        first: dict[str, Callable[[], dict[str, Any]]] = {
+            f"{preset}, {decoder} decoder": partial(stream, longlive, preset, decoder == "tiny")
+            for decoder in ("tiny", "full")
+            for preset in ("exact", "fast")
         }
+        fast = PRESETS["fast"]
+        others = {"in FP8": replace(fast, linears="fp8"), "in FP8, kept at once": replace(fast, linears="fp8", reuse=1)}
+        first |= {
+            f"fast {name}, tiny decoder": partial(stream, longlive, each, tiny=True) for name, each in others.items()
+        }
+        first |= {
+            f"{preset}, {decoder} decoder beside": partial(stream, longlive, preset, decoder == "tiny", beside=True)
+            for decoder in ("full", "tiny")
+            for preset in ("exact", "fast")
+        }
+        first |= {"decoder alone": self.decoder, "peer: one pass": partial(self.one_pass, compiled=False)}
+        first |= {"peer: diffusers WanPipeline": partial(self.peer, chunked=False)}
+        first |= {"peer: diffusers AnyFlowFARPipeline": partial(self.peer, chunked=True)}
+        first |= {"small, tiny decoder": partial(stream, longlive, "small", tiny=True)}
+        if self.quick:
+            return first
         windows = {
-            f"window {window}, tiny decoder": partial(self.stream, replace(longlive, window=window), tiny=True)
-            for window in (6, 9, 21)
+            f"{preset}, window {window}, tiny decoder": partial(
+                stream, replace(longlive, name=f"window {window}", window=window), preset, tiny=True
+            )
+            for window in (6, 21)
+            for preset in ("exact", "fast")
+        }
+        large = {
+            f"14B {preset}, tiny decoder": partial(
+                stream, RECIPES["krea"], preset, tiny=True, shape=WAN_14B if self.real else TOY, count=6
+            )
+            for preset in ("fast", "exact")
         }
         recipes = {
-            f"{name}, tiny decoder": partial(self.stream, recipe, tiny=True)
+            f"exact, {name}, tiny decoder": partial(stream, recipe, "exact", tiny=True, count=8)
             for name, recipe in RECIPES.items()
-            if name != "longlive"
+            if name not in ("longlive", "krea")
         }
-        return first if self.quick else first | windows | recipes | {"encoder alone": self.encoder}
+        last = {"encoder alone": self.encoder, "peer: one pass, compiled": partial(self.one_pass, compiled=True)}
+        return first | windows | large | recipes | last
 
-    def pipe(self, recipe: Recipe, tiny: bool) -> ms.VideoPipeline:
-        decoder = self.tiny if tiny else None
-        pipe = ms.VideoPipeline(self.transformer, self.vae, None, None, recipe, decoder, size=self.size)
+    def make(self, kind: Callable[..., Any], config: dict[str, Any]) -> Any:
+        """A model with random weights in the dtype that a checkpoint is loaded in."""
+        torch.manual_seed(0)
+        torch.set_default_dtype(self.dtype)  # 14B parameters in float32 would not fit
+        try:
+            with self.device:
+                model = kind(**config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in model.named_parameters():
+            if set(name.split(".")) & kept:
+                parameter.data = parameter.data.float()
+        return model
+
+    def vae(self) -> AutoencoderKLWan:
+        return self.make(AutoencoderKLWan, {"base_dim": 96 if self.real else 4})
+
+    def pipe(
+        self,
+        recipe: Recipe,
+        preset: Preset | str,
+        tiny: bool,
+        shape: dict[str, Any] | None = None,
+        beside: bool = False,
+    ) -> ms.VideoPipeline:
+        model = self.make(CausalTransformer3DModel, shape or self.shape)
+        widths = (256, 128, 64, 64) if self.real else (8, 8, 8, 4)
+        decoder = self.make(TinyVideoDecoder, {"widths": widths}) if tiny else None
+        pipe = ms.VideoPipeline(model, self.vae(), None, None, recipe, decoder, size=self.size, preset=preset)
+        pipe.overlap = beside
         pipe.set_progress_bar_config(disable=True)
         for number, prompt in enumerate(PROMPTS):
             generator = torch.Generator().manual_seed(number)
-            tokens = torch.randn(512, self.transformer.config["text_dim"], generator=generator) * 0.1
+            tokens = torch.randn(512, model.config["text_dim"], generator=generator) * 0.1
             pipe.keep_prompt(prompt, tokens)
         return pipe
 
     @torch.no_grad()
-    def stream(self, recipe: Recipe, tiny: bool, compiled: bool = False) -> dict[str, Any]:
-        """One session: first frame, steady steps, stages, a prompt switch."""
-        pipe = self.pipe(recipe, tiny)
-        full = -(-recipe.window // recipe.chunk) + recipe.units + 2  # steps until the window has moved
-        count = 12 if self.quick else 40
+    def stream(
+        self,
+        recipe: Recipe,
+        preset: Preset | str,
+        tiny: bool,
+        beside: bool = False,
+        shape: dict[str, Any] | None = None,
+        count: int | None = None,
+    ) -> dict[str, Any]:
+        """Sessions: the first frame cold and warm, steady steps, a prompt switch, stages."""
+        pipe, device = self.pipe(recipe, preset, tiny, shape, beside), self.device
         report: dict[str, Any] = {"plan": memory_plan(pipe).as_json()}
-        if compiled:
-            self.transformer.compile_repeated_blocks()
-        with pipe.stream(PROMPTS[0], generator=torch.Generator().manual_seed(0)) as session:
-            report["cold_first_frame"] = 1e3 * self.until_first(session)
+        with self.session(pipe, 0) as session:
+            report["cold_first_frame"] = until_first(session, device)
+        start = time.perf_counter()
+        pipe.warmup()
+        report["warmup"] = 1e3 * (time.perf_counter() - start)
+        full = -(-recipe.window // recipe.chunk) + recipe.units + 1  # steps until the window has moved
+        with self.session(pipe, 1) as session:
+            report["warm_first_frame"] = until_first(session, device)
             for _ in range(full):
-                self.step(session)
-            self.forget_peak()
-            steps = [self.step(session) for _ in range(count)]
-            report |= summary(steps)
-            report |= self.memory()
+                stepped(session, device)
+            before = memory(device)
+            steps = [stepped(session, device) for _ in range(count or (20 if self.quick else 50))]
+            after = memory(device)
+            report |= summary(steps) | after
+            grown = after.get("device_allocations", 0) - before.get("device_allocations", 0)
+            report["allocations_while_steady"] = grown
             session.steer(prompt=PROMPTS[1], switch="recache")
-            report["prompt_switch"] = 1e3 * self.step(session)[0]
-            for _ in range(full):
-                self.step(session)
-            report["stages"] = self.stages(pipe, session, 4 if self.quick else 12)
+            report["prompt_switch"] = 1e3 * stepped(session, device)[0]
+            if not beside:
+                report["stages"] = self.stages(pipe, session, 4)
             if self.profile and self.real:
-                report["kernels"] = self.kernels(session)
-        with pipe.stream(PROMPTS[0], generator=torch.Generator().manual_seed(1)) as session:
-            report["warm_first_frame"] = 1e3 * self.until_first(session)
+                report["kernels"] = kernels(session, device)
         return report
 
-    def step(self, session: Any) -> tuple[float, int]:
-        """Seconds of one step with its pictures on the host, and how many there are."""
-        start = time.perf_counter()
-        drawn = sum(len(on_host(chunk.data)) for chunk in session.step())
-        self.wait()
-        return time.perf_counter() - start, drawn
-
-    def until_first(self, session: Any) -> float:
-        start = time.perf_counter()
-        while not self.step(session)[1]:
-            pass
-        return time.perf_counter() - start
+    def session(self, pipe: ms.VideoPipeline, seed: int) -> Any:
+        return pipe.stream(PROMPTS[0], generator=torch.Generator().manual_seed(seed))
 
     def stages(self, pipe: ms.VideoPipeline, session: Any, count: int) -> dict[str, float]:
         """Milliseconds per chunk of each stage; `denoise` is what drawing takes without remembering."""
@@ -156,66 +235,56 @@ class Bench:
         draw, commit = taken.pop("draw"), taken.pop("_write", 0.0)
         return {"denoise": draw - commit, "commit": commit, **taken}
 
-    def kernels(self, session: Any) -> list[dict[str, Any]]:
-        """The kernels that take the most of one steady chunk."""
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            self.step(session)
-        rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)[:25]
-        return [
-            {"name": row.key[:90], "calls": row.count, "milliseconds": row.self_device_time_total / 1e3} for row in rows
-        ]
-
     @torch.no_grad()
-    def decoder(self) -> dict[str, Any]:
-        """Each decoder alone, per chunk of 3 latent frames, and diffusers' own on the same latents."""
-        report = {}
-        pipes = {"full": self.pipe(RECIPES["longlive"], False), "tiny": self.pipe(RECIPES["longlive"], True)}
-        latents = torch.randn(1, *pipes["full"].latent_size[:1], 3, *pipes["full"].latent_size[1:], device=self.device)
-        for name, pipe in pipes.items():
-            state = pipe.codec.begin(*self.size)
-            for _ in range(3):
-                pipe.codec.decode(latents, state)
-            report[name] = self.milliseconds(lambda: pipe.codec.decode(latents, state))  # noqa: B023
-        whole = latents.to(self.dtype)
-        report["diffusers, 3 frames from the first on"] = self.milliseconds(lambda: self.vae.decode(whole))
+    def endless(self, seconds: float, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """One stream for a long time, its prompt switched now and then: step times and memory in stretches."""
+        pipe, device = self.pipe(RECIPES["longlive_unbounded"], "fast", tiny=True), self.device
+        pipe.warmup()
+        stretches: list[dict[str, Any]] = []
+        report: dict[str, Any] = {"stretches": stretches}
+        start, number = time.perf_counter(), 0
+        with self.session(pipe, 0) as session:
+            while time.perf_counter() - start < seconds:
+                steps, until = [], time.perf_counter() + max(1.0, seconds / 12)
+                while time.perf_counter() < until:
+                    steps.append(stepped(session, device))
+                    number += 1
+                    if number % 50 == 0:
+                        session.steer(prompt=PROMPTS[number // 50 % 2], switch="keep")
+                latents = number * pipe.recipe.chunk
+                stretches.append({"latent_frames": latents, **summary(steps), **memory(device)})
+                keep(report)
+        first, last = stretches[min(1, len(stretches) - 1)], stretches[-1]
+        report["last_against_second"] = {
+            name: last[name] / first[name] for name in ("step_p50", "memory", "reserved") if first.get(name)
+        }
         return report
 
     @torch.no_grad()
+    def decoder(self) -> dict[str, Any]:
+        pipes = {name: self.pipe(RECIPES["longlive"], "exact", name == "tiny") for name in ("full", "tiny")}
+        return decoders(pipes, self.device)
+
+    @torch.no_grad()
     def encoder(self) -> dict[str, Any]:
-        """The encoder alone, per chunk of 12 pictures."""
-        encoder = self.pipe(RECIPES["longlive"], True)._encoder
-        state = encoder.begin(*self.size)
-        pictures = torch.rand(1, 12, 3, *self.size, device=self.device)
-        encoder.encode(pictures[:, :1], state)
-        return {"12 pictures": self.milliseconds(lambda: encoder.encode(pictures, state))}
+        return encoder(self.pipe(RECIPES["longlive"], "exact", True), self.device)
 
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        """The median of a few calls."""
-        times = []
-        for _ in range(3 if self.quick else 10):
-            self.wait()
-            start = time.perf_counter()
-            call()
-            self.wait()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+    @torch.no_grad()
+    def one_pass(self, compiled: bool) -> dict[str, Any]:
+        return one_pass(self.make(CausalTransformer3DModel, self.shape), self.size, 3 if self.quick else 10, compiled)
 
-    def wait(self) -> None:
+    def peer(self, chunked: bool) -> dict[str, Any]:
+        frames = 81 if self.real else 17
+        if chunked:
+            return chunked_clip(self.shape, self.vae(), self.size, frames, self.make)
+        return whole_clip(self.make(CausalTransformer3DModel, self.shape), self.vae(), self.size, frames)
+
+    def clear(self) -> None:
+        """Give back what the variant before took."""
+        gc.collect()
         if self.real:
-            torch.cuda.synchronize()
-
-    def forget_peak(self) -> None:
-        if self.real:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            self.allocations = torch.cuda.memory_stats()["num_device_alloc"]
-
-    def memory(self) -> dict[str, Any]:
-        if not self.real:
-            return {}
-        grown = torch.cuda.memory_stats()["num_device_alloc"] - self.allocations
-        return {"peak_memory": torch.cuda.max_memory_allocated(), "device_allocations_while_steady": grown}
 
     def machine(self) -> dict[str, Any]:
         return {
@@ -224,59 +293,6 @@ class Bench:
             "size": self.size,
             "dtype": str(self.dtype),
         }
-
-
-class Clock:
-    """How long named calls take on the device, without waiting for it in between."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def timed(self, name: str, call: Callable[[], Any]) -> Any:
-        start = self.mark()
-        result = call()
-        self.spans[name].append((start, self.mark()))
-        return result
-
-    @contextmanager
-    def watching(self, owner: Any, name: str) -> Any:
-        """Time every call of a method of `owner`."""
-        inner = getattr(owner, name)
-        owner.__dict__[name] = lambda *args, **kwargs: self.timed(name, lambda: inner(*args, **kwargs))
-        try:
-            yield
-        finally:
-            del owner.__dict__[name]
-
-    def milliseconds(self, count: int) -> dict[str, float]:
-        if self.cuda:
-            torch.cuda.synchronize()
-            return {k: sum(a.elapsed_time(b) for a, b in spans) / count for k, spans in self.spans.items()}
-        return {k: 1e3 * sum(b - a for a, b in spans) / count for k, spans in self.spans.items()}
-
-
-def on_host(pictures: torch.Tensor) -> torch.Tensor:
-    """8-bit pictures in host memory, as a window or a file wants them."""
-    return pictures.mul(255).round_().to(torch.uint8).cpu()
-
-
-def summary(steps: list[tuple[float, int]]) -> dict[str, Any]:
-    """Frames per second, and the spread of step times."""
-    seconds = sorted(taken for taken, _ in steps)
-    p50, p95, p99 = (seconds[max(0, -(-percent * len(seconds) // 100) - 1)] for percent in (50, 95, 99))
-    return {
-        "frames_per_second": sum(drawn for _, drawn in steps) / sum(seconds),
-        **{"step_p50": 1e3 * p50, "step_p95": 1e3 * p95, "step_p99": 1e3 * p99, "p99_over_p50": p99 / p50},
-        "steps": len(steps),
-    }
 
 
 if __name__ == "__main__":

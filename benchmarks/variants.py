@@ -21,6 +21,7 @@ def measure_all(
     *,
     reserve: Callable[[str], float] = lambda name: 0.0,
     after: Callable[[], object] = lambda: None,
+    keep: Callable[[dict[str, dict[str, Any]]], object] = lambda measured: None,
 ) -> dict[str, dict[str, Any]]:
     """What each variant measured, or why it did not; each is also printed as a comment on standard error.
 
@@ -29,6 +30,7 @@ def measure_all(
         seconds: start no variant after this time.
         reserve: seconds that a variant is known to need before it measures.
         after: called after each variant that ran.
+        keep: called then with all that was measured so far.
     """
     start = time.perf_counter()
     measured: dict[str, dict[str, Any]] = {}
@@ -44,14 +46,16 @@ def measure_all(
             measured[name] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         after()
         measured[name]["benchmark_seconds"] = round(time.perf_counter() - began, 1)
+        keep(measured)
         print(f"# {name}: {json.dumps(measured[name])}", file=sys.stderr, flush=True)
     return measured
 
 
-def publish(report: dict[str, Any], out: str | None) -> None:
+def publish(report: dict[str, Any], out: str | None, *, printed: bool = True) -> None:
     """Print the report as JSON, and write it to the file `out` if there is one."""
     text = json.dumps(report, indent=1)
-    print(text)
+    if printed:
+        print(text)
     if out:
         with open(out, "w", encoding="utf-8") as file:
             file.write(text + "\n")

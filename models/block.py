@@ -20,19 +20,24 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import BlockPlan, apply_rotary, attend
-from ..kernels.fused import gate_residual, norm_modulate, norm_rotary
+from ..kernels.fused import Quantized, gate_residual, norm_modulate, norm_rotary, quantized_linear
 from ..streaming.kv_cache import KVChunk
+from .actions import ActionModule, Inputs
+from .quantized import QuantizedLinear, side_by_side
 
 if TYPE_CHECKING:
     from .mixers import LinearMixer
 
+EMPTY = torch.empty(0)
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Context(NamedTuple):
     """What every block of one pass shares: `grid` frames, rows and columns of tokens, and how many neighbouring tokens
     see each other whole where tokens are mixed linearly. `turn` is `rotary` as complex numbers [B, L, 1, d / 2], where
-    a stream has them ready. `plan` makes a layer's attention plan, as `attention_plans.PlannedMixin.planner` says."""
+    a stream has them ready. `plan` makes a layer's attention plan, as `attention_plans.PlannedMixin.planner` says.
+    What action modules hear are `inputs`, at the frames' `positions` int64 [B or 1, F]; `frame_mask` bool [1, 1, F, F]
+    says which frames see each other where there is no cache."""
 
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | BlockMask | None
@@ -41,12 +46,15 @@ class Context(NamedTuple):
     block: int
     turn: Tensor | None = None
     plan: Callable[..., BlockPlan | None] | None = None
+    inputs: Inputs | None = None
+    positions: Tensor = EMPTY
+    frame_mask: Tensor | None = None
 
 
 class Fused(NamedTuple):
     """Weights of q, k and v in one piece of memory: [3 D, D], [3 D]; and those of the norms of q and k, [2, D]."""
 
-    weight: Tensor
+    weight: Tensor | Quantized
     bias: Tensor
     norm: Tensor
 
@@ -87,7 +95,8 @@ class Attention(nn.Module):
             q, (k, v) = self.query(x), self.keys(x)
             return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
         assert self._fused is not None, "as was just asked"
-        qkv = F.linear(x, self._fused.weight, self._fused.bias)
+        weight, bias, _ = self._fused
+        qkv = F.linear(x, weight, bias) if isinstance(weight, Tensor) else quantized_linear(x, weight, bias)
         dim = qkv.shape[-1] // 3
         v = qkv[..., 2 * dim :].unflatten(-1, (self.heads, -1))
         if in_one_kernel(x):
@@ -110,17 +119,19 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         """Lay the weights of q, k and v side by side, so that one product makes all three. Names and values stay."""
         linears = self.to_q, self.to_k, self.to_v
-        if not all(type(linear) is nn.Linear for linear in linears):
-            return  # adapters and quantised layers do more than a product
+        kinds = {(type(linear), getattr(linear, "dtype", None)) for linear in linears}
+        if len(kinds) > 1 or type(self.to_q) not in (nn.Linear, QuantizedLinear):
+            return  # adapters and other quantised layers do more than a product
         with torch.no_grad():
-            self._fused = Fused(
-                inputs_first(torch.cat([linear.weight for linear in linears])),
-                torch.cat([linear.bias for linear in linears]),
-                torch.stack([self.norm_q.weight, self.norm_k.weight]),
-            )
-        for linear, weight, bias in zip(linears, self._fused.weight.chunk(3), self._fused.bias.chunk(3)):
-            linear.weight.data, linear.bias.data = weight, bias
-        self.norm_q.weight.data, self.norm_k.weight.data = self._fused.norm.unbind()
+            norm = torch.stack([self.norm_q.weight, self.norm_k.weight])
+            if isinstance(self.to_q, QuantizedLinear):
+                self._fused = Fused(*side_by_side(linears), norm)
+            else:
+                weights = inputs_first(torch.cat([linear.weight for linear in linears]))
+                self._fused = Fused(weights, torch.cat([linear.bias for linear in linears]), norm)
+                for linear, weight, bias in zip(linears, weights.chunk(3), self._fused.bias.chunk(3)):
+                    linear.weight.data, linear.bias.data = weight, bias
+        self.norm_q.weight.data, self.norm_k.weight.data = norm.unbind()
         self._places = [(linear, linear.weight.data_ptr()) for linear in linears]
 
     def _is_fused(self) -> bool:
@@ -149,6 +160,7 @@ class Block(nn.Module):
         cross_norm: bool,
         added_kv_proj_dim: int | None,
         mixer: LinearMixer | None,
+        action_model: ActionModule | None = None,
     ) -> None:
         super().__init__()
         self.mixer = mixer
@@ -158,6 +170,7 @@ class Block(nn.Module):
             self.attn2 = Attention(dim, heads, eps, added_kv_proj_dim)
             self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_norm else nn.Identity()
         self.cross = cross
+        self.action_model = action_model
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -167,8 +180,28 @@ class Block(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = six
         x = gated(x, self.self_attention(modulated(self.norm1, x, shift, scale), layer, context), gate)
         if self.cross:
-            x = x + self.cross_attention(self.norm2(x.float()).type_as(x), text)
-        return gated(x, self.ffn(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
+            x = x + self.cross_attention(self._normed(x), text)
+        if self.action_model is not None:
+            x = self.action_model(x, layer, context)
+        return gated(x, self.feed_forward(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        norm = self.norm2
+        if isinstance(norm, nn.Identity) or not in_one_kernel(x):
+            return norm(x.float()).type_as(x)
+        return norm_modulate(x, norm.bias[None, None], norm.weight[None, None] - 1, eps=norm.eps)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
+        first, last = self.ffn.net[0].proj, self.ffn.net[2]  # pyright: ignore[reportAttributeAccessIssue]
+        plain = type(first) is type(last) is nn.Linear and first.weight.dtype == x.dtype  # which autocast may change
+        if in_one_kernel(x) and plain and x.dtype != torch.float32:
+            flat = x.reshape(-1, x.shape[-1])
+            hidden = torch._addmm_activation(first.bias, flat, first.weight.t(), use_gelu=True)
+            return last(hidden).view(x.shape)
+        if type(last) is QuantizedLinear:
+            return last.after_gelu(first(x))
+        return self.ffn(x)
 
     def lay_out_weights(self) -> None:
         """Put the weights into the layout that a stream on this device is fastest with; see `inputs_first`."""

@@ -41,7 +41,7 @@ class FlowHead(PackedModelMixin, ModelMixin, ConfigMixin):
     def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor) -> Tensor:
         """Velocity [M, C] at x [M, C], at the level `sigma` [M] or one for all, under conditions [M, condition_dim]."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
-        given = F.silu(self.level(_frequencies(sigma, self.config["dim"]).to(x.dtype)) + self.condition(condition))
+        given = F.silu(self.level(frequencies(sigma, self.config["dim"]).to(x.dtype)) + self.condition(condition))
         x = self.input(x)
         for modulation, layer in zip(self.modulations, self.blocks):
             shift, scale, gate = modulation(given).chunk(3, dim=-1)
@@ -57,7 +57,8 @@ class FlowHead(PackedModelMixin, ModelMixin, ConfigMixin):
         return (velocity.float() - (noise - tokens)).square().mean()
 
 
-def _frequencies(sigma: Tensor, dim: int) -> Tensor:
-    frequencies = torch.exp(torch.arange(0, dim, 2, device=sigma.device) * (-math.log(1000.0) / dim))
-    angles = 100 * sigma[:, None] * frequencies
+def frequencies(sigma: Tensor, dim: int) -> Tensor:
+    """Sines and cosines [M, dim] of noise levels [M]."""
+    scales = torch.exp(torch.arange(0, dim, 2, device=sigma.device) * (-math.log(1000.0) / dim))
+    angles = 100 * sigma[:, None] * scales
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

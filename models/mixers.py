@@ -19,6 +19,7 @@ from ..kernels import apply_rotary, linear_attend
 from ..kernels.linear_attention import Normalize
 from ..streaming.kv_cache import KVCache
 from ..streaming.linear_state import HybridCache, HybridChunk
+from .actions import ActionCache
 
 if TYPE_CHECKING:
     from .block import Context
@@ -229,4 +230,8 @@ def make_cache(transformer: CausalTransformer3DModel, **others: Any) -> KVCache:
         "device": transformer.device,
         "dtype": transformer.dtype,
     }
+    if config["action_modules"]:
+        if linear:
+            raise ValueError("a model hears keys in softmax layers alone: leave out mixer, or action_modules")
+        return ActionCache(modules=config["action_modules"], **(shape | others))
     return HybridCache(linear=linear, **(shape | others)) if linear else KVCache(**(shape | others))

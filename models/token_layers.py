@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from ..kernels import apply_rotary, attend, linear_attend
 from ..kernels.linear_attention import LinearState
+from .token_adaptive import AdaptiveBlock
+from .token_linear import GatedLinear
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -54,6 +56,19 @@ def token_places(grid: Sequence[int], scale_sides: Sequence[int] | None) -> Tens
     return torch.cat([(grid_places((side, side)) + 0.5) * (last / side) - 0.5 for side in scale_sides])
 
 
+def turns(places: Tensor, head_dim: int, turning: str) -> Rotary:
+    """Angles [N, d // 2] of tokens at `places`; for "line" [N + 1, d // 2], the last the prompt's.
+
+    "line" is MaskGIL's published row of places: the first token's cosine and sine are both 0, which mutes it, the
+    others stand one place earlier than they are, and the prompt stands last.
+    """
+    if turning != "line":
+        return axial_angles(places, head_dim)
+    cos, sin = axial_angles(torch.arange(-1, len(places))[:, None], head_dim)
+    cos[0], sin[0] = 0, 0
+    return cos, sin
+
+
 def causal_mask(prefix: int, tokens: int, device: torch.device) -> Tensor:
     """bool [prefix + tokens] squared: the prefix sees itself, a token the prefix and the tokens up to itself."""
     mask = torch.ones(prefix + tokens, prefix + tokens, dtype=torch.bool, device=device).tril()
@@ -91,12 +106,13 @@ class TokenCache(NamedTuple):
     """What a decoding has computed so far, in memory of fixed size: `begin` makes it, `feed` and its like fill it.
 
     `layers`: keys and values of every self-attention layer; `shared`: those that the second pass looks at (two_pass);
-    `last`: [B, 1, D], what stands at the newest token (causal).
+    `last`: [B, 1, D], what stands at the newest token (causal); `prompt`: [B, S, D], projected.
     """
 
     layers: list[KeysValues]
     shared: KeysValues | None
     last: Tensor
+    prompt: Tensor
 
 
 class SwiGLU(nn.Module):
@@ -110,23 +126,41 @@ class SwiGLU(nn.Module):
 
 
 class Heads(nn.Module):
-    """Split into heads, normalise each, turn it to its place."""
+    """Split into heads, normalise each if that is `normed`, turn it to its place."""
 
-    def __init__(self, heads: int, head_dim: int) -> None:
+    def __init__(self, heads: int, head_dim: int, *, normed: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm = nn.RMSNorm(head_dim, eps=1e-6) if normed else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        return apply_rotary(self.split(x), *rotary)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Not turned."""
         x = x.unflatten(-1, (self.heads, -1))
-        return apply_rotary(self.norm(x).to(x.dtype), *rotary)  # autocast may norm in float32
+        return self.norm(x).to(x.dtype)  # autocast may norm in float32
+
+
+class Style(NamedTuple):
+    """How layers are built, beyond their sizes: see the same arguments of `TokenTransformer`."""
+
+    normed_heads: bool = True
+    eps: float = 1e-6
+    adaptive: bool = False
+    shared: bool = False
+    linear_grid: tuple[int, int] | None = None  # sides of the grid, where attention is LINA's
+
+
+PLAIN = Style()
 
 
 class Where(NamedTuple):
     """What the attention of a pass sees beyond its own tokens.
 
     `mask` bool [.., L, K]; `cache`: one per layer, to append to; `index` [B, L]: rows of the cache to replace instead;
-    `segments`: lengths of the prompt and the scales that a pass holds, where layers mix them linearly (None: one).
+    `segments`: lengths of the prompt and the scales that a pass holds, where layers mix them linearly (None: one);
+    `told`: what adaptive layers are told.
     """
 
     rotary: Rotary
@@ -134,6 +168,7 @@ class Where(NamedTuple):
     cache: Sequence[KeysValues] | None = None
     index: Tensor | None = None
     segments: tuple[int, ...] | None = None
+    told: Tensor | None = None
 
 
 class ScaleMixer(nn.Module):
@@ -159,18 +194,27 @@ class ScaleMixer(nn.Module):
 class SelfBlock(nn.Module):
     """Attention among tokens, then feed-forward; normalised before each (RMS), as in LLaMA."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, *, mixes: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, style: Style = PLAIN, *, mixes: bool = False) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=style.eps) for _ in range(2))
         self.mixer = ScaleMixer(dim, heads) if mixes else None
         self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.query, self.key = (Heads(heads, dim // heads) for _ in range(2))
+        self.query, self.key = (Heads(heads, dim // heads, normed=style.normed_heads) for _ in range(2))
+        self.linear = None if style.linear_grid is None else GatedLinear(dim, style.linear_grid)
         self.feed_forward = SwiGLU(dim, hidden)
 
-    def forward(self, x: Tensor, where: Where, layer: int) -> Tensor:
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, L, H, d], turned to their places."""
         q, k, v = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
-        q, k = self.query(q, where.rotary), self.key(k, where.rotary)
-        v = v.unflatten(-1, (self.key.heads, -1))
+        return self.query(q, rotary), self.key(k, rotary), v.unflatten(-1, (self.key.heads, -1))
+
+    def forward(self, x: Tensor, where: Where, layer: int) -> Tensor:
+        if self.linear is not None:
+            q, k, v = self.to_qkv(self.norm1(x)).chunk(3, dim=-1)
+            mixed = self.linear(self.query.split(q), self.key.split(k), v.unflatten(-1, (self.key.heads, -1)))
+            x = x + self.to_out(mixed.flatten(2))
+            return x + self.feed_forward(self.norm2(x))
+        q, k, v = self.project(x, where.rotary)
         if where.cache is not None:
             cache = where.cache[layer]
             k, v = cache.append(k, v) if where.index is None else cache.put(where.index, k, v)
@@ -187,11 +231,11 @@ class SelfBlock(nn.Module):
 class CrossBlock(nn.Module):
     """Queries that look at given keys and values and never at each other, then feed-forward."""
 
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, style: Style = PLAIN) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=style.eps) for _ in range(2))
         self.to_q, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(2))
-        self.query = Heads(heads, dim // heads)
+        self.query = Heads(heads, dim // heads, normed=style.normed_heads)
         self.feed_forward = SwiGLU(dim, hidden)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
@@ -204,13 +248,26 @@ class Stack(nn.Module):
     """Self-attention blocks, or with `cross` blocks that look at keys and values given from outside."""
 
     def __init__(
-        self, layers: int, dim: int, heads: int, hidden: int, *, cross: bool = False, mixes: bool = False
+        self,
+        layers: int,
+        dim: int,
+        heads: int,
+        hidden: int,
+        style: Style = PLAIN,
+        *,
+        cross: bool = False,
+        mixes: bool = False,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            CrossBlock(dim, heads, hidden) if cross else SelfBlock(dim, heads, hidden, mixes=mixes)
-            for _ in range(layers)
-        )
+
+        def block() -> nn.Module:
+            if style.adaptive:
+                return AdaptiveBlock(dim, heads, hidden, shared=style.shared)
+            if cross:
+                return CrossBlock(dim, heads, hidden, style)
+            return SelfBlock(dim, heads, hidden, style, mixes=mixes)
+
+        self.blocks = nn.ModuleList(block() for _ in range(layers))
 
     def forward(self, x: Tensor, where: Where, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         for layer, block in enumerate(self.blocks):

@@ -23,11 +23,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .packed import PackedModelMixin
-from .token_config import EXTRA, Kind, Mixing, check_config
-from .token_layers import Heads, KeysValues, Rotary, Stack, TokenCache, Where, axial_angles, causal_mask, token_places
+from .token_adaptive import PARTS, AdaptiveNorm, Modulation
+from .token_config import EXTRA, Attention, Kind, Mixing, Turning, check_attention, check_config
+from .token_decoding import TokenDecoding
+from .token_layers import Heads, KeysValues, Rotary, Stack, Style, Where, causal_mask, token_places, turns
 
 
-class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
+class TokenTransformer(TokenDecoding, PackedModelMixin, ModelMixin, ConfigMixin):
     """Predicts tokens from tokens and a prompt.
 
     Sources: ARPG (arXiv:2503.10568) for two_pass, MaskGIT (arXiv:2202.04200) for masked, VAR (arXiv:2404.02905) for
@@ -48,6 +50,16 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
             linear state carried from scale to scale (M-VAR, arXiv:2411.10433, with linear attention for its Mamba).
         learned_positions: add a learnt vector for every place. By rotation alone a query knows its place only from whom
             it attends to, which a model of few layers learns slowly.
+        num_classes: the prompt is a label, int64 [B], from 0 to num_classes - 1, or num_classes for none; text_dim is
+            then not used. Where `text` is asked for below, labels are given.
+        normed_heads: normalise queries and keys head by head; ARPG and MaskGIL do not.
+        norm_eps: of the norms of layers.
+        turning: "grid" turns tokens to their place on the grid and the prompt not at all; "muted" is ARPG's: the
+            prompt's queries and keys are 0; "line" MaskGIL's: one row of places that ends with the prompt, of which
+            the first token is muted, and the prompt sees the picture.
+        adaptive: VAR's layers, which a label tells by scaling and shifting; nothing is turned then.
+        shared_modulation: of adaptive layers: the label is projected once for all (VAR at 512 x 512).
+        attention: "softmax", or "lina" for linear attention with gates, of kind "masked".
 
     Raises:
         ValueError: a kind that does not exist or sizes that contradict it.
@@ -69,28 +81,43 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         scale_sides: Sequence[int] | None = None,
         scale_mixing: Mixing = "attention",
         learned_positions: bool = False,
+        num_classes: int | None = None,
+        normed_heads: bool = True,
+        norm_eps: float = 1e-6,
+        turning: Turning = "grid",
+        adaptive: bool = False,
+        shared_modulation: bool = False,
+        attention: Attention = "softmax",
     ) -> None:
         super().__init__()
-        check_config(kind, grid, num_cross_layers, scale_sides, token_channels, scale_mixing)
+        layout = (scale_sides, token_channels, scale_mixing, turning, adaptive, num_classes)
+        check_config(kind, grid, num_cross_layers, *layout)
+        check_attention(attention, kind, grid, turning, learned_positions)
+        linear_grid = (grid[0], grid[1]) if attention == "lina" else None
+        style = Style(normed_heads, norm_eps, adaptive, shared_modulation, linear_grid)
         discrete = token_channels is None
         self.token_embedding = nn.Embedding(vocab_size, dim) if discrete else nn.Linear(token_channels, dim)
-        self.text_projection = nn.Linear(text_dim, dim)
-        self.self_decoder = Stack(num_layers, dim, num_heads, ffn_dim, mixes=scale_mixing == "linear")
+        if num_classes is None:
+            self.text_projection = nn.Linear(text_dim, dim)
+        else:
+            self.class_embedding = nn.Embedding(num_classes + 1, dim)
+        self.self_decoder = Stack(num_layers, dim, num_heads, ffn_dim, style, mixes=scale_mixing == "linear")
         self.mask_embedding = nn.Parameter(torch.randn(dim) * 0.02)
         if kind == "two_pass":
-            self.norm_shared = nn.RMSNorm(dim, eps=1e-6)
+            self.norm_shared = nn.RMSNorm(dim, eps=norm_eps)
             self.to_shared = nn.Linear(dim, 2 * dim, bias=False)
-            self.shared_key = Heads(num_heads, dim // num_heads)
-            self.cross_decoder = Stack(num_cross_layers, dim, num_heads, ffn_dim, cross=True)
+            self.shared_key = Heads(num_heads, dim // num_heads, normed=normed_heads)
+            self.cross_decoder = Stack(num_cross_layers, dim, num_heads, ffn_dim, style, cross=True)
         if kind == "scales":
             self.scale_embedding = nn.Parameter(torch.randn(len(scale_sides or ()), dim) * 0.02)
-        self.norm_out = nn.RMSNorm(dim, eps=1e-6)
+        self.modulation = Modulation(dim, PARTS) if shared_modulation else None
+        self.norm_out = AdaptiveNorm(dim) if adaptive else nn.RMSNorm(dim, eps=norm_eps)
         has_logits = discrete or kind == "scales"
-        self.head = nn.Linear(dim, vocab_size, bias=False) if has_logits else nn.Identity()
+        self.head = nn.Linear(dim, vocab_size, bias=adaptive) if has_logits else nn.Identity()
         places = token_places(grid, scale_sides)
         if learned_positions:
             self.position_embedding = nn.Parameter(torch.randn(len(places), dim) * 0.02)
-        cos, sin = axial_angles(places, dim // num_heads)
+        cos, sin = turns(places, dim // num_heads, turning)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self._initialise()
@@ -108,7 +135,12 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
     @property
     def tokens(self) -> int:
         """N."""
-        return self.cos.shape[0]
+        return self.cos.shape[0] - (self.config["turning"] == "line")
+
+    @property
+    def prompt_sees_all(self) -> bool:
+        """Of kind masked: whether the prompt sees the picture, so that its keys change with it."""
+        return self.config["turning"] == "line" or self.config["attention"] == "lina"
 
     @property
     def places(self) -> Tensor:
@@ -117,13 +149,30 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
 
     def rotary(self, places: Tensor | None, prefix: int = 0) -> Rotary:
         """Angles of `prefix` tokens without a place, then of `places` [B, n] (None: all of the grid, in order)."""
-        cos, sin = self.cos, self.sin
-        if places is not None:
-            cos, sin = cos[places], sin[places]
+        line = self.config["turning"] == "line"
+        cos, sin = (angles[: self.tokens] if places is None else angles[places] for angles in (self.cos, self.sin))
         if prefix:
-            still = cos.new_ones(*cos.shape[:-2], prefix, cos.shape[-1])
-            cos, sin = torch.cat([still, cos], dim=-2), torch.cat([torch.zeros_like(still), sin], dim=-2)
+            shape = (*cos.shape[:-2], prefix, cos.shape[-1])
+            if line:
+                first = [angles[-1].expand(shape) for angles in (self.cos, self.sin)]
+            else:
+                first = [cos.new_full(shape, float(self.config["turning"] == "grid")), cos.new_zeros(shape)]
+            cos, sin = (torch.cat(pair, dim=-2) for pair in zip(first, (cos, sin)))
         return cos, sin
+
+    def _prompt(self, text: Tensor) -> Tensor:
+        """Text [B, S, text_dim] or labels [B], projected: [B, S, D]."""
+        if self.config["num_classes"] is None:
+            return self.text_projection(text)
+        if text.ndim != 1 or text.is_floating_point():
+            raise ValueError(f"this model is told labels, int64 [B], got {list(text.shape)} in {text.dtype}")
+        return self.class_embedding(text)[:, None]
+
+    def _told(self, prompt: Tensor) -> Tensor | None:
+        """What adaptive layers are told of a prompt [B, 1, D]."""
+        if not self.config["adaptive"]:
+            return None
+        return prompt[:, 0] if self.modulation is None else self.modulation(prompt[:, 0])
 
     def forward(
         self, tokens: Tensor, text: Tensor, *, order: Tensor | None = None, known: Tensor | None = None
@@ -144,13 +193,14 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         kind: Kind = self.config["kind"]
         if (kind == "two_pass", kind == "masked") != (order is not None, known is not None):
             raise ValueError(f'kind "{kind}" takes {EXTRA[kind]}; give that and nothing else')
-        prefix = self.text_projection(text)
+        prefix = self._prompt(text)
         if kind == "two_pass":
             return self._two_pass(tokens, prefix, cast("Tensor", order))
         if kind == "masked":
             x = torch.cat([prefix, self._shown(tokens, cast("Tensor", known))], dim=1)
             seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
-            seen[: prefix.shape[1], prefix.shape[1] :] = False  # so that the prompt's keys can be cached
+            if not self.prompt_sees_all:
+                seen[: prefix.shape[1], prefix.shape[1] :] = False  # so that the prompt's keys can be cached
             x = self.self_decoder(x, Where(self.rotary(None, prefix.shape[1]), seen))
             return self._out(x[:, prefix.shape[1] :])
         if kind == "scales":
@@ -181,9 +231,13 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         scale = torch.arange(len(sides), device=prefix.device).repeat_interleave(
             torch.tensor(sizes, device=prefix.device)
         )
-        first = self.mask_embedding.expand(prefix.shape[0], 1, -1)
+        told, first = self._told(prefix), self._first(prefix)
         x = torch.cat([first, self.token_embedding(inputs)], dim=1) + self.scale_embedding[scale]
-        x = torch.cat([prefix, self._placed(x, None)], dim=1)
+        x = self._placed(x, None)
+        if told is not None:
+            seen = scale[:, None] >= scale[None]
+            return self._out(self.self_decoder(x, Where(self.rotary(None), seen, told=told)), prefix)
+        x = torch.cat([prefix, x], dim=1)
         level = torch.cat([scale.new_full((prefix.shape[1],), -1), scale])
         seen = level[:, None] >= level[None]
         if self.config["scale_mixing"] == "linear":
@@ -191,63 +245,6 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         where = Where(self.rotary(None, prefix.shape[1]), seen, segments=(prefix.shape[1], *sizes))
         x = self.self_decoder(x, where)
         return self._out(x[:, prefix.shape[1] :])
-
-    def begin(self, text: Tensor) -> TokenCache:
-        """A cache with the prompt [B, S, text_dim] in it, and room for every token."""
-        prefix = self.text_projection(text)
-        capacity = prefix.shape[1] + self.tokens
-        made = [self._keys(prefix, capacity) for _ in range(self.config["num_layers"])]
-        shared = self._keys(prefix, capacity) if self.config["kind"] == "two_pass" else None
-        rotary = self.rotary(torch.zeros(0, dtype=torch.int64, device=prefix.device), prefix.shape[1])
-        x = self.self_decoder(prefix, Where(rotary, None, made))
-        if shared is not None:
-            shared.append(*self._share(x, rotary))
-        return TokenCache(made, shared, x[:, -1:].clone())
-
-    def feed(self, tokens: Tensor, places: Tensor, cache: TokenCache) -> None:
-        """Show decided tokens [B, m] (or [B, m, C]) at `places` [B, m]: two_pass and causal. They see one another.
-
-        One token at a time is what training saw; a group that is fed together sees a little more (as ARPG decodes).
-        """
-        if places.shape[1] == 0:
-            return
-        rotary = self.rotary(places)
-        x = self._placed(self.token_embedding(tokens), places)
-        x = self.self_decoder(x, Where(rotary, None, cache.layers))
-        if cache.shared is not None:
-            cache.shared.append(*self._share(x, rotary))
-        cache.last.copy_(x[:, -1:])
-
-    def predict(self, places: Tensor, cache: TokenCache) -> Tensor:
-        """Logits [B, n, V] (or conditions) at open `places` [B, n]; of kind causal, of the one that comes next."""
-        if cache.shared is None:
-            return self._out(cache.last)
-        return self._out(self.cross_decoder(self._queries(places), Where(self.rotary(places)), *cache.shared.kept()))
-
-    def predict_scale(self, level: int, given: Tensor | None, cache: TokenCache) -> Tensor:
-        """Logits [B, n, V] of a whole scale from its input [B, n, C] (None for the first), kept in the cache."""
-        sides = self.config["scale_sides"]
-        first = sum(side * side for side in sides[:level])
-        batch = cache.last.shape[0]
-        x = self.mask_embedding.expand(batch, 1, -1) if given is None else self.token_embedding(given)
-        x = x + self.scale_embedding[level]
-        places = torch.arange(first, first + x.shape[1], device=x.device)
-        prefix = cache.layers[0].k.shape[1] - self.tokens
-        x = self.self_decoder(self._placed(x, places), Where(self.rotary(places), None, cache.layers))
-        if self.config["scale_mixing"] == "linear":
-            for layer in cache.layers:
-                layer.length = prefix  # the next scale sees this one through the carried state alone
-        return self._out(x)
-
-    def predict_masked(self, tokens: Tensor, known: Tensor, cache: TokenCache, places: Tensor) -> Tensor:
-        """Kind masked: logits [B, n, V] at `places` [B, n] alone, computed anew; all others keep their cached keys.
-
-        With all places this is `forward`. The prompt's own keys are those of `begin`: it does not see the picture.
-        """
-        prefix = cache.layers[0].k.shape[1] - self.tokens
-        embedded = self._shown(tokens, known)
-        x = embedded.gather(1, places[..., None].expand(-1, -1, embedded.shape[2]))
-        return self._out(self.self_decoder(x, Where(self.rotary(places), None, cache.layers, places + prefix)))
 
     def _shown(self, tokens: Tensor, known: Tensor) -> Tensor:
         return self._placed(torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding), None)
@@ -266,7 +263,15 @@ class TokenTransformer(PackedModelMixin, ModelMixin, ConfigMixin):
         k, v = self.to_shared(self.norm_shared(x)).chunk(2, dim=-1)
         return self.shared_key(k, rotary), v.unflatten(-1, (self.config["num_heads"], -1))
 
-    def _out(self, x: Tensor) -> Tensor:
+    def _first(self, prompt: Tensor) -> Tensor:
+        """The input of the first scale [B, 1, D]."""
+        first = self.mask_embedding.expand(prompt.shape[0], 1, -1)
+        return first + prompt if self.config["adaptive"] else first
+
+    def _out(self, x: Tensor, prompt: Tensor | None = None) -> Tensor:
+        if isinstance(self.norm_out, AdaptiveNorm):
+            assert prompt is not None, "the last norm is told the prompt"
+            return self.head(self.norm_out(x, prompt[:, 0]))
         return self.head(self.norm_out(x))
 
     def _keys(self, like: Tensor, capacity: int) -> KeysValues:

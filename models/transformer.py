@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
+from .actions import ActionModule, Inputs
 from .attention_plans import PlannedMixin
 from .block import Block, Context, Six, modulated
 from .mixers import make_mixers
@@ -60,6 +61,8 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         mixer: which layers attend linearly, and how: "softmax", "linear(sana)", "hybrid(sana, every=4)", or a name per
             layer; see `mixers`. Streams of a model with linear layers need `mixers.make_cache`.
         attention: the planner of softmax layers, "window(3, 24, 24)" (see `attention_plans`); None: everything is seen.
+        action_modules: `blocks` that hear keys and mouse, and the arguments of their `actions.ActionModule`.
+    `text_dim` may be None: then the prompt is a picture's embedding alone, with the keys that others have for words.
     """
 
     _supports_gradient_checkpointing = False
@@ -77,7 +80,7 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         attention_head_dim: int = 128,
         in_channels: int = 16,
         out_channels: int | None = 16,
-        text_dim: int = 4096,
+        text_dim: int | None = 4096,
         freq_dim: int = 256,
         ffn_dim: int = 13824,
         num_layers: int = 40,
@@ -94,6 +97,7 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         position_grid: tuple[int, int] | None = None,
         mixer: str | Sequence[str] = "softmax",
         attention: str | None = None,
+        action_modules: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.set_attention(attention)
@@ -105,12 +109,19 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         cross = range(num_layers) if cross_attention_layers is None else cross_attention_layers
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.condition_embedder = WanTimeTextImageEmbedding(
-            dim, freq_dim, dim * 6, text_dim, image_embed_dim=image_dim, pos_embed_seq_len=pos_embed_seq_len
+            dim, freq_dim, dim * 6, text_dim or 1, image_embed_dim=image_dim, pos_embed_seq_len=pos_embed_seq_len
         )
+        if text_dim is None:
+            del self.condition_embedder.text_embedder
+        modules = dict(action_modules or {})
+        acting = modules.pop("blocks", ())
         tokens = None if position_grid is None else math.prod(position_grid)
         mixers = make_mixers(mixer, num_layers, dim=dim, heads=num_attention_heads, tokens=tokens)
         self.blocks = nn.ModuleList(
-            Block(dim, ffn_dim, num_attention_heads, eps, layer in cross, cross_attn_norm, added_kv_proj_dim, part)
+            Block(
+                *(dim, ffn_dim, num_attention_heads, eps, layer in cross, cross_attn_norm, added_kv_proj_dim, part),
+                ActionModule(dim, **modules) if layer in acting else None,
+            )
             for layer, part in enumerate(mixers)
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
@@ -125,9 +136,13 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         """Keys and values of a prompt for every block, to be computed once and passed as `text_keys`.
 
         Args:
-            encoder_hidden_states: [B, S, text_dim], or [B, F, S, text_dim] with one prompt per frame.
+            encoder_hidden_states: [B, S, text_dim], or [B, F, S, text_dim] with one prompt per frame; [B, N, image_dim]
+                where the prompt is a picture alone.
             image: [B, N, image_dim] embedding of an image prompt, for image-to-video checkpoints.
         """
+        if self.config["text_dim"] is None:
+            seen = self.condition_embedder.image_embedder(encoder_hidden_states)
+            return [block.attn2.keys(seen) if block.cross else () for block in cast("Sequence[Block]", self.blocks)]
         text = self.condition_embedder.text_embedder(encoder_hidden_states.flatten(0, -3))
         if image is not None:
             if self.condition_embedder.image_embedder is None:
@@ -153,6 +168,7 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         cache: KVChunk | None = None,
         mask: Tensor | BlockMask | None = None,
         positions: Tensor | None = None,
+        inputs: Inputs | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the flow v = noise - x0.
 
@@ -168,6 +184,7 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
             mask: such a window's `mask` or `block_mask`, made once by the caller. Linear layers need the window too.
             cache: the open chunk of a `KVCache`: attend to the stream so far. The frames' positions come from it.
             positions: int64 [F] or [B, F], each frame's place in its stream, where that is not its place in the tensor.
+            inputs: keys and mouse for the `action_modules`.
 
         Returns:
             [B, C_out, F, H, W], wrapped unless `return_dict=False`.
@@ -188,9 +205,9 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         elif mask is not None and window is None and linear:
             raise ValueError("linear layers cannot read a mask; give the window it was made from as well")
         block_frames = frames if window is None else window.block
-        rotary = self._rotary(frames, height, width, positions, cache)
-        turn = self._turn(rotary, positions, cache)
-        context = Context(rotary, mask, cache, (frames, height, width), block_frames * height * width, turn, plan)
+        context = self._context((frames, height, width), mask, cache, block_frames, plan, positions, inputs)
+        if inputs is not None and window is not None:
+            context = context._replace(frame_mask=window.mask(frames, 1, x.device)[None, None])
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
             x = block(x, condition.six(layer, block), text_keys[layer], layer, context)
         x = self.proj_out(modulated(self.norm_out, x, *condition.head))
@@ -203,18 +220,16 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
     ) -> None:
         """A pass for the sake of what it writes into `cache`: `forward` as far as the keys of the last block.
 
-        Args: as in `forward`; `given` are its `actions` and `positions`.
+        Args: as in `forward`; `given` are its `actions`, `positions` and `inputs`.
         """
         x = self.embed(hidden_states)
         if not isinstance(timestep, Condition):
             timestep = self._condition(timestep, given.get("actions"), x.dtype)
         grid, last = self.grid(hidden_states), len(self.blocks) - 1
-        positions = given.get("positions")
-        rotary = self._rotary(*grid, positions, cache)
-        turn, plan = self._turn(rotary, positions, cache), self.planner(grid, None, cache, None)
-        context = Context(rotary, None, cache, grid, math.prod(grid), turn, plan)
+        plan = self.planner(grid, None, cache, None)
+        context = self._context(grid, None, cache, grid[0], plan, given.get("positions"), given.get("inputs"))
         for layer, block in enumerate(cast("Sequence[Block]", self.blocks)):
-            if layer == last:
+            if layer == last and block.action_model is None:
                 block.write_keys(x, timestep.six(layer, block), layer, context)
             else:
                 x = block(x, timestep.six(layer, block), text_keys[layer], layer, context)
@@ -280,6 +295,25 @@ class CausalTransformer3DModel(PlannedMixin, PackedModelMixin, ModelMixin, Confi
         temb, modulation = self.embed_time(timestep if timestep.ndim == 2 else timestep[:, None], actions, dtype)
         shift, scale = (self.scale_shift_table + temb.float()[:, :, None]).unbind(2)
         return Condition(modulation, (shift, scale))
+
+    def _context(
+        self,
+        grid: tuple[int, int, int],
+        mask: Tensor | BlockMask | None,
+        cache: KVChunk | None,
+        block_frames: int,
+        plan: Any,
+        positions: Tensor | None,
+        inputs: Inputs | None,
+    ) -> Context:
+        """What all blocks of a pass share."""
+        rotary, together = self._rotary(*grid, positions, cache), block_frames * grid[1] * grid[2]
+        context = Context(rotary, mask, cache, grid, together, self._turn(rotary, positions, cache), plan, inputs)
+        if inputs is None:
+            return context
+        if positions is None:
+            positions = torch.arange(grid[0], device=rotary[0].device) if cache is None else cache.positions
+        return context._replace(positions=positions if positions.ndim == 2 else positions[None])
 
     def _rotary(
         self, frames: int, height: int, width: int, positions: Tensor | None, cache: KVChunk | None

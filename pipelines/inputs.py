@@ -1,7 +1,7 @@
 """What a stream notices about its input: is this picture worth drawing, and how fast does the view move?
 
-Both compare pictures [3, H, W] in [0, 1] with the last one that was drawn. They read a value on the host, so pictures
-are best left on the CPU, where cameras put them; there it costs no waiting for a GPU.
+Both compare pictures [3, H, W], in [0, 1] or in bytes, with the last one that was drawn. They read a value on the host,
+so pictures are best left on the CPU, where cameras put them; there it costs no waiting for a GPU.
 """
 
 from __future__ import annotations
@@ -42,9 +42,14 @@ class Skipping(Protocol):
     def skip_similar(self) -> float | None: ...
 
 
+def unit(picture: Tensor) -> Tensor:
+    """A picture in floats from 0 to 1; bytes are divided."""
+    return picture.float() / 255 if picture.dtype == torch.uint8 else picture.float()
+
+
 def likeness(picture: Tensor, last: Tensor) -> float:
     """Cosine between two pictures as vectors of values in [-1, 1]; 1 for equal ones."""
-    one, other = (2 * each.float().flatten() - 1 for each in (picture, last.to(picture.device)))
+    one, other = (2 * unit(each).flatten() - 1 for each in (picture, last.to(picture.device)))
     return float(F.cosine_similarity(one, other, dim=0))
 
 
@@ -62,7 +67,7 @@ def motion(picture: Tensor, last: Tensor, remembered: float) -> float:
     Source: motion-aware noise scheduler, Feng et al. 2025, StreamDiffusionV2 (arXiv 2511.07399), section 4.1; here the
     motion is smoothed instead of the noise rate, so that a strength that is steered counts at once.
     """
-    difference = float((picture.float() - last.to(picture.device).float()).square().mean().sqrt())
+    difference = float((unit(picture) - unit(last.to(picture.device))).square().mean().sqrt())
     return NEW_MOTION * min(1.0, difference / FULL_MOTION) + (1 - NEW_MOTION) * remembered
 
 

@@ -6,7 +6,7 @@ the same checks as a real one, and every buffer that a stream would take is aske
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class MemoryPlan:
 
     Attributes:
         weights: of each part.
+        host: those of parts that stay in the host's memory.
         kv: keys and values of every stream.
         prompts: keys and values of the prompts.
         codec: what the decoder keeps of every stream.
@@ -38,10 +39,11 @@ class MemoryPlan:
     prompts: int
     codec: int
     working: int
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it, but for what stays on the host."""
         return sum(self.weights.values()) + self.kv + self.prompts + self.codec + self.working
 
     @property
@@ -57,6 +59,7 @@ class MemoryPlan:
         """For people."""
         rows = [*self.weights.items(), ("keys and values", self.kv), ("prompts", self.prompts)]
         rows += [("codec state", self.codec), ("working (about)", self.working), ("in all", self.total)]
+        rows += [(f"{name}, on the host", count) for name, count in self.host.items()]
         if "text_encoder" in self.weights:
             rows.append(("after drop_text_encoder()", self.without_text_encoder))
         return "\n".join(f"{name:28}{count / 1e9:7.2f} GB" for name, count in rows)
@@ -69,10 +72,13 @@ def memory_plan(pipe: VideoPipeline, streams: int = 1) -> MemoryPlan:
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     cache = make_cache(model, **pipe.cache_shape(rows), device="meta")
     kept, widest = pipe.codec.memory(*pipe.size)
+    weights = {name: weight_bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    staying = {"text_encoder"} & weights.keys() if pipe.preset.text_on_host else set()
     return MemoryPlan(
-        weights={name: weight_bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)},
+        weights={name: count for name, count in weights.items() if name not in staying},
+        host={name: weights[name] for name in staying},
         kv=cache.bytes,
-        prompts=2 * config["num_layers"] * rows * pipe.text_length * dim * model.dtype.itemsize,
+        prompts=2 * config["num_layers"] * rows * pipe.prompt_length * dim * model.dtype.itemsize,
         codec=kept * streams,
         working=WORKING * widest,
     )

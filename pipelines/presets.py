@@ -9,6 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
+from ..kernels.planners import FlashBlock
+from ..models.quantized import DTYPES, LEAST, QuantizedLinear, quantize_linears
+from ..models.transformer import CausalTransformer3DModel
+from ..streaming.kv_cache import EightBits, KVCache, KVChunk
+
 Numbers = Literal["fp8", "int8"]
 
 
@@ -22,14 +29,16 @@ class Preset:
             column of the weights; None leaves weights as they are.
         all_linears: every product of a block; otherwise only the wide ones (q, k and v in one, feed-forward), since the
             others take as long in 8 bits.
-        reuse: attention to what lies outside a chunk is computed at the chunk's first step, kept, and merged with
-            attention inside the chunk at the later ones (`planners.FlashBlock`). The pass that remembers the chunk
-            computes everything.
+        narrowest: products with fewer inputs or outputs than this stay as they are.
+        reuse: steps of a chunk that attend to everything; at later ones attention to what lies outside the chunk is
+            taken as the last of these left it, and merged with attention inside (`planners.FlashBlock`). The pass that
+            remembers the chunk computes everything. 0: all steps attend to everything.
+        least_window: tokens in a window from which on `reuse` is done; a smaller one is attended to faster than merged.
         sparse: share of the key blocks outside a chunk that are attended to where a window is long (`long_window`
             frames or more), chosen by their means; 1 attends to all.
         long_window: frames.
         kv: what keys and values are kept in, with a scale per token and head; None keeps them as they are computed.
-        drop_text_encoder: let go of the text encoder once the first prompt is read.
+        text_on_host: the text encoder stays in the host's memory and reads prompts there, wherever the rest moves.
 
     Raises:
         ValueError: numbers that are not known, a share out of range.
@@ -38,11 +47,13 @@ class Preset:
     name: str
     linears: Numbers | None = None
     all_linears: bool = False
-    reuse: bool = False
+    narrowest: int = LEAST
+    reuse: int = 0
+    least_window: int = 0
     sparse: float = 1.0
     long_window: int = 21
     kv: Numbers | None = None
-    drop_text_encoder: bool = False
+    text_on_host: bool = False
 
     def __post_init__(self) -> None:
         for field in ("linears", "kv"):
@@ -72,9 +83,48 @@ def find_preset(preset: Preset | str) -> Preset:
     return PRESETS[preset]
 
 
+WIDE = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ffn.net.0.proj", "ffn.net.2")  # of a block
+
+
+def apply_preset(preset: Preset, transformer: CausalTransformer3DModel, text_encoder: nn.Module | None = None) -> None:
+    """Bring weights into the numbers of `preset`, in place. Weights that are in 8 bits already stay as they are."""
+    if preset.linears is None:
+        return
+    dtype, least = DTYPES[preset.linears], preset.narrowest
+    quantize_linears(transformer.blocks, dtype, lambda name: preset.all_linears or name.endswith(WIDE), least=least)
+    if preset.all_linears and text_encoder is not None:
+        quantize_linears(text_encoder, dtype, least=least)
+
+
+def kv_storage(preset: Preset) -> EightBits | None:
+    """How a `KVCache` keeps keys and values under `preset`."""
+    return None if preset.kv is None else EightBits(DTYPES[preset.kv])
+
+
+def kept_attention(preset: Preset, cache: KVCache) -> FlashBlock | None:
+    """What keeps attention outside a new chunk for the chunk's later steps; None where nothing is kept."""
+    wide = cache.window.frames * cache.tokens_per_frame >= preset.least_window
+    return FlashBlock() if preset.reuse and wide else None
+
+
+def attend_at(step: int, preset: Preset, chunk: KVChunk, kept: FlashBlock | None) -> None:
+    """Let the next pass over `chunk` attend as its step (from 0) does under `preset`."""
+    chunk.reuse = kept if step >= preset.reuse - 1 else None
+    chunk.first = step == preset.reuse - 1
+
+
+def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel) -> None:
+    """ValueError if the weights are not what a file should hold."""
+    if any(isinstance(part, QuantizedLinear) for part in transformer.modules()):
+        raise ValueError(
+            f"the weights of a pipeline with preset {preset.name!r} are in 8 bits, which cannot be read back; load it "
+            "with preset='exact' to save it, and give the preset when loading"
+        )
+
+
 for each in (
     Preset("exact"),
-    Preset("fast", linears="fp8", reuse=True),
-    Preset("small", linears="int8", all_linears=True, kv="int8", drop_text_encoder=True),
+    Preset("fast", linears="int8", reuse=2, least_window=4096),
+    Preset("small", linears="int8", all_linears=True, kv="int8", text_on_host=True),
 ):
     add_preset(each)

@@ -180,6 +180,8 @@ for each in (
     ),
     # Krea Realtime 14B: the last 3 frames are computed anew before every chunk
     Recipe("krea", SELF_FORCING_STEPS, window=6, overlap=3),
+    # Matrix-Game 2, He et al. 2025 (arXiv 2508.13009)
+    Recipe("matrix_game_2", (1000, 666, 333), window=6),
     # StreamDiffusionV2, Feng et al. 2025 (arXiv 2511.07399)
     Recipe(
         "streamdiffusion_v2",

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from typing_extensions import Self
 
 from ..models.tiny_vae import TinyVideoDecoder
@@ -26,18 +26,18 @@ from ..models.transformer import CausalTransformer3DModel
 from ..models.wan_vae import WanDecoder, WanEncoder
 from ..streaming import Chunk, Frame, VideoControl
 from ..streaming.types import Leaves
-from .presets import Preset, find_preset
+from .presets import Preset, apply_preset, find_preset, refuse_saving
 from .recipes import Recipe, as_config, find_recipe
 from .timeline import Timeline
-from .video_ahead import AheadStreamer
+from .video_actions import new_control
 from .video_load import check_parts, load_components
+from .video_manners import ManneredStreamer
 from .video_output import (
     OutputType,
     VideoPipelineOutput,
     VideoSession,
     as_output,
     as_picture,
-    is_offloaded,
     joined,
 )
 from .video_state import VideoState, to_leaves
@@ -46,7 +46,7 @@ FIXED = ("recipe", "text_length", "preset")
 RATE = 16.0  # pictures per second, of every Wan model but the 5B one
 
 
-class VideoPipeline(AheadStreamer):
+class VideoPipeline(ManneredStreamer):
     """Draws video chunk by chunk while words steer it.
 
     Args:
@@ -57,13 +57,14 @@ class VideoPipeline(AheadStreamer):
         rate: pictures per second.
         text_length: tokens a prompt is cut or padded to.
         preset: how exactly it draws: a `Preset`, or the name of one. It is applied to the weights that are given.
+        image_encoder: CLIP, for models that are played and see the picture their world begins with.
 
     Raises:
         ValueError: parts that do not belong together.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _optional_components: ClassVar = ["text_encoder", "tokenizer", "decoder"]
+    _optional_components: ClassVar = ["text_encoder", "tokenizer", "decoder", "image_encoder"]
 
     def __init__(
         self,
@@ -77,14 +78,17 @@ class VideoPipeline(AheadStreamer):
         rate: float = RATE,
         text_length: int = 512,
         preset: Preset | str = "exact",
+        image_encoder: CLIPVisionModel | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, decoder=decoder
         )
+        self.register_modules(image_encoder=image_encoder)
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
         self.preset = find_preset(preset)
         check_parts(transformer, vae, text_encoder)
+        apply_preset(self.preset, transformer, text_encoder)
         self._arena = self._still = self._beside = self._caller = None
         self.overlap = False  # decode a chunk while the next is drawn: see `video_ahead`
         self._size = (0, 0)
@@ -112,6 +116,7 @@ class VideoPipeline(AheadStreamer):
         lora: str | Path | None = None,
         recipe: Recipe | str | None = None,
         decoder: str | Path | None = None,
+        preset: Preset | str = "exact",
         torch_dtype: torch.dtype | None = None,
         headers_only: bool = False,
         **settings: Any,
@@ -124,6 +129,7 @@ class VideoPipeline(AheadStreamer):
             lora: an adapter to merge into them.
             recipe: how they are run; needed unless the folder was saved by this class.
             decoder: TAEHV weights (`taew2_1.pth`), or a folder of a `TinyVideoDecoder`, to decode with.
+            preset: how exactly they draw, and in how much memory: exact, fast, small or a `Preset`.
             torch_dtype: of the weights.
             headers_only: check everything and read no weights: a pipeline on the meta device, for `memory`.
             settings: `size`, `rate`, `text_length`: see the class.
@@ -140,7 +146,12 @@ class VideoPipeline(AheadStreamer):
             torch_dtype=torch_dtype,
             headers_only=headers_only,
         )
-        return cls(**found | settings)
+        return cls(**found | settings, preset=preset)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does. ValueError if a preset has changed the weights."""
+        refuse_saving(self.preset, self.transformer)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -184,7 +195,12 @@ class VideoPipeline(AheadStreamer):
         given = None if video is None else (as_picture(picture, self.size) for picture in video)
         progress: Any = self.progress_bar  # accelerate's wrapper hides its signature from type checkers
         place = {"height": height, "width": width, "generator": generator}
-        with self.stream(prompt, image=image, strength=strength, **place) as session, progress(total=num_frames) as bar:
+        prompts = [prompt, *(cue.prompt for cue in (timeline.cues if timeline else ()))]
+        with (
+            self.visiting(prompts),
+            self.stream(prompt, image=image, strength=strength, **place) as session,
+            progress(total=num_frames) as bar,
+        ):
             for drawn in self.drain(session, num_frames, given, timeline):
                 latents += session.state.finished if session.state is not None else []
                 for chunk in drawn:
@@ -209,14 +225,13 @@ class VideoPipeline(AheadStreamer):
         generator: torch.Generator | None = None,
     ) -> VideoSession:
         """An endless session; arguments as in the call. `session.step(Frame(picture, time))` redraws an input video."""
-        if any(is_offloaded(component) for component in self.components.values()):
-            raise ValueError(
-                "a stream cannot run with model CPU offload; move the pipeline with .to(device) instead, and give the "
-                "text encoder's memory back with encode_prompt(...) and drop_text_encoder()"
-            )
+        self.refuse_offload()
         self.resize(height or self.size[0], width or self.size[1])
         start = None if image is None else as_picture(image, self.size)
-        return VideoSession(self, VideoControl(prompt, strength=strength), generator=generator, image=start)
+        if self.is_game and start is None:
+            raise ValueError("a world of this model begins with a picture: give image=")
+        control = new_control(self.is_game, prompt, strength)
+        return VideoSession(self, control, generator=generator, image=start)
 
     # What a session asks for (`Streamable`).
 
@@ -224,7 +239,9 @@ class VideoPipeline(AheadStreamer):
         """Refuse prompts that cannot be read."""
         if any("\ud800" <= character <= "\udfff" for character in control.prompt):
             raise ValueError("the prompt holds half a character (a lone surrogate); send it as UTF-8")
-        if self.text_encoder is None:
+        if self.is_game:
+            self.check_game(control)
+        elif self.text_encoder is None:
             self.encode_prompt(control.prompt)
 
     @torch.no_grad()

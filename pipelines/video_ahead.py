@@ -85,12 +85,14 @@ class AheadStreamer(VideoStreamer):
         with self._sharing, self._fastest():
             state = self.fresh(0)
             try:
+                if self.is_game:
+                    self.begin_scene(state, *self.nothing_seen())
                 for _ in progress(range(count)):
                     self._advance(state, control, None)
                 with self.drawing():
                     self.settled(state)
                     self.complete(state)
-                    if not recipe.overlap and recipe.plan != "batch":
+                    if not recipe.overlap and recipe.plan != "batch" and not self.is_game:
                         self.replay(state)
             finally:
                 self.end(state)

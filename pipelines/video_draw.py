@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.planners import FlashBlock
 from ..samplers import Renoise, Triangle, add_noise, integrate
 from ..streaming.kv_cache import KVChunk
+from .presets import attend_at, kept_attention
 from .video_passes import VideoPasses, numbers
 from .video_state import Finished, VideoState
 
@@ -66,7 +66,8 @@ class VideoDrawer(VideoPasses):
             self.begin_anew(state)
         sigmas = recipe.sigmas(1.0 if given is None else strength)
         chunk = self.arena.cache.open(state.rows, recipe.chunk)
-        x = self._drawn(state, None if given is None else given[None], sigmas, chunk)
+        heard = self.heard(state, state.shot, recipe.chunk)
+        x = self._drawn(state, None if given is None else given[None], sigmas, chunk, heard)
         state.step += recipe.chunk
         # A memory that begins anew before the next chunk need not be written.
         if not recipe.overlap or state.step + recipe.chunk <= recipe.window:
@@ -74,17 +75,20 @@ class VideoDrawer(VideoPasses):
         state.note(x[0])
         return x[0]
 
-    def _drawn(self, state: VideoState, given: Tensor | None, sigmas: Sequence[float], chunk: KVChunk) -> Tensor:
+    def _drawn(
+        self, state: VideoState, given: Tensor | None, sigmas: Sequence[float], chunk: KVChunk, heard: list[Tensor]
+    ) -> Tensor:
         """A chunk [1, C, F, h, w] through all its levels, from noise or from `given`, which is noised to the first."""
 
         def drawn(chunk: KVChunk, numbers: Tensor, *given: Tensor) -> Tensor:
-            count = chunk.num_frames
+            self.taken(chunk, given[: len(heard)])
+            given, count = given[len(heard) :], chunk.num_frames
             if len(sigmas) > 1:
                 self._prepare(sigmas[:-1], chunk)
-            reuse = FlashBlock() if self.preset.reuse else None
+            kept = kept_attention(self.preset, self.arena.cache)
 
             def denoise(x: Tensor, sigma: float) -> Tensor:
-                chunk.reuse, chunk.first = reuse, sigma == sigmas[0]
+                attend_at(sigmas.index(sigma), self.preset, chunk, kept)
                 return self._flow(x, self._condition(sigma, chunk), chunk)
 
             x = self._noise_of(numbers, count, 0)
@@ -95,7 +99,7 @@ class VideoDrawer(VideoPasses):
             chunk.reuse = None
             return noised
 
-        inputs = [numbers(state)] + ([] if given is None else [given])
+        inputs = [numbers(state), *heard] + ([] if given is None else [given])
         return self._run(("draw", tuple(sigmas)), drawn, chunk, inputs)
 
     def _triangle(self, state: VideoState, *, ends: bool) -> list[Finished]:

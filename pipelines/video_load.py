@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from ..models.checkpoints import load_text_encoder, load_transformer, load_vae
 from ..models.checkpoints.files import read_weights
@@ -17,7 +17,7 @@ from ..models.tiny_vae import TinyVideoDecoder
 from ..models.transformer import CausalTransformer3DModel
 from .recipes import RECIPES, Recipe, find_recipe
 
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "decoder")
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "decoder", "image_encoder")
 RELEASED = {  # a name that the file of each part holds where Wan is released in its own layout
     "transformer": "blocks.0.self_attn.q.weight",
     "vae": "decoder.conv1.weight",
@@ -65,6 +65,7 @@ def load_components(
     transformer = load_transformer(checkpoint or need(found, "transformer", folder), config=config, lora=lora, **how)
     vae = load_vae(need(found, "vae", folder), **how)
     reads = "text_encoder" in found
+    sees = "image_encoder" in found and not headers_only
     tokenizer = need(found, "tokenizer", folder) if reads else None
     return {
         **{name: saved[name] for name in ("size", "rate", "text_length") if name in saved},
@@ -72,6 +73,9 @@ def load_components(
         "vae": vae,
         "text_encoder": load_text_encoder(found["text_encoder"], **how) if reads else None,
         "tokenizer": AutoTokenizer.from_pretrained(tokenizer) if tokenizer and not headers_only else None,
+        "image_encoder": CLIPVisionModel.from_pretrained(found["image_encoder"], torch_dtype=torch_dtype)
+        if sees
+        else None,
         "recipe": chosen,
         "decoder": _load_decoder(folder, decoder, how),
     }
@@ -138,7 +142,8 @@ def check_parts(
 ) -> None:
     """ValueError if the parts do not fit together."""
     config, channels = transformer.config, vae.config["z_dim"]
-    if (config["in_channels"], config["out_channels"] or config["in_channels"]) != (channels, channels):
+    beside = 4 + channels if config["action_modules"] else 0  # where a picture stands beside the noise
+    if (config["in_channels"] - beside, config["out_channels"] or config["in_channels"]) != (channels, channels):
         raise ValueError(
             f"the transformer takes {config['in_channels']} channels and makes {config['out_channels']}, the "
             f"autoencoder has {channels}: they do not belong together (models that take an image beside the noise are "

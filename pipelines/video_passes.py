@@ -21,17 +21,17 @@ from ..models.transformer import CausalTransformer3DModel, Condition
 from ..models.wan_vae import AutoencoderKLWan, WanDecoder, WanEncoder
 from ..samplers import add_noise
 from ..streaming.kv_cache import KVCache, KVChunk
-from .presets import Preset
+from .presets import Preset, kv_storage
 from .recipes import Recipe
 from .rows import RowArena
-from .video_prompts import PromptReader
+from .video_actions import GameReader
 from .video_state import VideoState
 
 CONTEXT_NOISE = 1 << 20  # the noise step of the pass that remembers; sampler steps count from 0
 RECORDINGS = 64  # steps that are kept: drawing and remembering, at every fill of a window of 21 frames and every turn
 
 
-class VideoPasses(PromptReader):
+class VideoPasses(GameReader):
     """The part of a video pipeline that runs the network."""
 
     transformer: CausalTransformer3DModel
@@ -86,6 +86,7 @@ class VideoPasses(PromptReader):
             "window": recipe.memory,
             "position": recipe.position,
             "spare": recipe.spare,
+            "storage": kv_storage(self.preset),
         }
 
     def _run(self, kind: Hashable, step: Callable[..., Any], chunk: KVChunk, inputs: Sequence[Tensor]) -> Any:
@@ -102,18 +103,22 @@ class VideoPasses(PromptReader):
         """Let the rows of `chunk` remember finished frames."""
         sigma = self.recipe.context_timestep / 1000
 
-        def written(chunk: KVChunk, numbers: Tensor, latents: Tensor) -> None:
+        def written(chunk: KVChunk, numbers: Tensor, latents: Tensor, *given: Tensor) -> None:
+            self.taken(chunk, given)
             if sigma > 0:
                 latents = add_noise(latents, self._noise_of(numbers, latents.shape[2], CONTEXT_NOISE), sigma)
+            latents, more = self.beside(latents, chunk)
             self.transformer.remember(
                 latents.to(self.arena.dtype),
                 self._condition(sigma, chunk),
                 text_keys=self.arena.prompts(chunk.rows),
                 cache=chunk,
+                **more,
             )
             chunk.advance()
 
-        self._run(("write", sigma), written, chunk, [numbers(state), latents])
+        heard = self.heard(state, state.shot, latents.shape[2])
+        self._run(("write", sigma), written, chunk, [numbers(state), latents, *heard])
         chunk.count()
 
     def _condition(self, sigma: float, chunk: KVChunk) -> Condition:
@@ -128,12 +133,14 @@ class VideoPasses(PromptReader):
 
     def _flow(self, latents: Tensor, timestep: Tensor | Condition, chunk: KVChunk) -> Tensor:
         """What the network predicts, float32; `timestep` [B, 1] or [B, F]."""
+        latents, more = self.beside(latents, chunk)
         (flow,) = self.transformer(
             latents.to(self.arena.dtype),
             timestep,
             text_keys=self.arena.prompts(chunk.rows),
             cache=chunk,
             return_dict=False,
+            **more,
         )
         return flow.float()
 

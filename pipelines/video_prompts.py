@@ -9,9 +9,11 @@ from collections import OrderedDict
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..models.transformer import CausalTransformer3DModel
+from .presets import Preset
 from .video_state import VideoState
 
 KEPT = 16  # prompts; one is 4 MB in bfloat16
@@ -24,6 +26,7 @@ class PromptReader(DiffusionPipeline):
     text_encoder: UMT5EncoderModel | None
     tokenizer: PreTrainedTokenizerBase | None
     text_length: int
+    preset: Preset
     _read: OrderedDict[str, Tensor]
 
     @torch.no_grad()
@@ -75,12 +78,10 @@ class PromptReader(DiffusionPipeline):
     def _encode(self, text: str) -> Tensor:
         assert self.text_encoder is not None
         assert self.tokenizer is not None
-        words = self.tokenizer(
-            [text], padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
-        )
-        mask = words["attention_mask"].to(self.text_encoder.device)
-        tokens = self.text_encoder(words["input_ids"].to(mask.device), mask).last_hidden_state[0]
-        return (tokens * mask[0, :, None]).cpu()
+        words = self.tokenizer([text], max_length=self.text_length, truncation=True, return_tensors="pt")
+        # Behind a prompt's end all is zero, and what is read before it does not depend on that: nothing is padded.
+        tokens = self.text_encoder(words["input_ids"].to(self.text_encoder.device)).last_hidden_state[0].cpu()
+        return F.pad(tokens, (0, 0, 0, self.text_length - len(tokens)))
 
     def drop_text_encoder(self) -> None:
         """Let go of the text encoder and its memory. Prompts that were encoded before can still be used."""

@@ -51,6 +51,8 @@ class VideoState:
     ahead_version: int = 0  # the control it was begun under, and
     ahead_time: float = 0.0  # when
     corner: Tensor | None = None  # [3, H, W], what the first frame of a memory that begins anew is encoded from
+    scene: Tensor | None = None  # [C, n, h, w], the picture that a played world begins with, and grey
+    pressed: Tensor | None = None  # [2, buttons + 2], keys and camera of the last chunk and of this one
     seen: Tensor | None = None  # [3, H, W], the last picture of an input
     fastest: float = 0.0  # movement in it since the last chunk
     motion: float = 0.0  # how fast it moves, smoothed

@@ -53,10 +53,23 @@ class VideoStreamer(VideoDrawer):
             )
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the weights as diffusers does. ValueError while sessions are open: their memory would stay behind."""
+        """Move the weights as diffusers does. ValueError while sessions are open: their memory would stay behind.
+
+        Under a preset such as `small` the text encoder stays on the host; a dtype is given to it all the same.
+        """
         self._check_idle("move")
         self._arena = self._still = None
-        return super().to(*args, **kwargs)
+        reader = self.text_encoder if self.preset.text_on_host else None
+        if reader is None:
+            return super().to(*args, **kwargs)
+        self.register_modules(text_encoder=None)
+        try:
+            super().to(*args, **kwargs)
+        finally:
+            self.register_modules(text_encoder=reader)
+        for dtype in [each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)]:
+            reader.to(dtype)
+        return self
 
     def fresh(self, seed: int) -> VideoState:
         """A stream with nothing in it; the arena follows the weights to another device while nothing runs."""
@@ -91,6 +104,9 @@ class VideoStreamer(VideoDrawer):
     def obey(self, state: VideoState, control: VideoControl, when: float) -> list[Chunk]:
         """Let the prompt be what `control` says, in the way it says; returns what had to be finished before."""
         chunks: list[Chunk] = []
+        if self.is_game:
+            self.hear(state, control)
+            return chunks
         if control.prompt != state.prompt:
             switch = control.switch if state.prompt is not None else "keep"
             if switch == "cut" or (switch == "recache" and self.recipe.plan == "batch"):
@@ -133,8 +149,16 @@ class VideoStreamer(VideoDrawer):
     def start_from(self, state: VideoState, image: Tensor, control: VideoControl) -> None:
         """Let a stream that has just begun show `image` [3, H, W] first."""
         with self._sharing, torch.no_grad(), self.apart():
+            if self.is_game:
+                self.begin_scene(state, *self.see(image))
+                return
             self.obey(state, control, 0.0)
             self.show(state, self.encode_still(image))
+
+    def begin_scene(self, state: VideoState, tokens: Tensor, scene: Tensor) -> None:
+        """Let a stream that is played begin with what `see` saw."""
+        state.scene = scene.to(self.arena.device)
+        self._say(state, tokens.to(self.arena.device, self.arena.dtype))
 
     def check_input(self, control: VideoControl, picture: Tensor) -> None:
         """Refuse what can't be redrawn; called before any stream moves, so that a bad picture costs others nothing."""
@@ -241,7 +265,7 @@ class VideoStreamer(VideoDrawer):
             state.encoding = self._encoder.begin(*self.size)
             state.encoding.restore(encoding)
         for name, value in plain.items():
-            on_host = name in ("versions", "seen")
+            on_host = name in ("versions", "seen", "pressed")
             setattr(state, name, value.to(self.arena.device) if isinstance(value, Tensor) and not on_host else value)
         if state.history.shape != expected:
             raise ValueError(

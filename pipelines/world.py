@@ -24,12 +24,13 @@ from ..samplers import FlowSampler
 from ..streaming import Session, WorldControl
 from ..streaming.kv_cache import Window
 from .assets import shipped
+from .presets import Preset, apply_preset, find_preset, refuse_saving
 from .rows import RowArena
 from .world_output import Keys, OutputType, WorldPipelineOutput, as_output, is_offloaded, last_latents, pressed
 from .world_state import WorldState
 from .world_streams import WorldStreams
 
-FIXED = ("size", "buttons")  # what the weights were made for
+FIXED = ("size", "buttons", "preset")  # what the weights were made for, or made into
 
 
 class WorldPipeline(WorldStreams):
@@ -44,6 +45,7 @@ class WorldPipeline(WorldStreams):
         rate: frames per second of the world's own clock.
         window, sinks: frames that stay in memory, the current one included.
         pixels_per_turn: mouse movement to the side that one frame of turning uses up.
+        preset: how exactly it draws: a `Preset`, or the name of one. It is applied to the weights that are given.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->codec"
@@ -62,6 +64,7 @@ class WorldPipeline(WorldStreams):
         window: int = 24,
         sinks: int = 0,
         pixels_per_turn: float = 12.0,
+        preset: Preset | str = "exact",
     ) -> None:
         super().__init__()
         astray = sorted(set((key_map or {}).values()) - set(buttons or ()))
@@ -82,6 +85,8 @@ class WorldPipeline(WorldStreams):
             sinks=sinks,
             pixels_per_turn=pixels_per_turn,
         )
+        self.preset = find_preset(preset)
+        apply_preset(self.preset, transformer)
         self._arena: RowArena | None = None
         self._sharing = RLock()  # sessions may run on threads of their own, and one that opens may move the arena
         self._captions: Tensor | None = None
@@ -128,6 +133,11 @@ class WorldPipeline(WorldStreams):
         """Load a shipped model by name ("freedoom"), a folder, or a repository; see diffusers for the arguments."""
         name = shipped(pretrained_model_name_or_path) or pretrained_model_name_or_path
         return super().from_pretrained(str(name), **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does. ValueError if a preset has changed the weights."""
+        refuse_saving(self.preset, self.transformer)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def __call__(

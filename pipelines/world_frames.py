@@ -24,6 +24,7 @@ from ..samplers.flow_sampler import integrate
 from ..samplers.guidance import combine
 from ..streaming import WorldControl
 from ..streaming.kv_cache import KVCache, KVChunk, Window
+from .presets import Preset, attend_at, kept_attention, kv_storage
 from .rows import RowArena
 from .world_state import WorldState
 
@@ -39,6 +40,7 @@ class FrameDrawer(DiffusionPipeline):
     scheduler: FlowSampler
     size: tuple[int, int]
     window: Window
+    preset: Preset
     _arena: RowArena | None
     _sharing: RLock
 
@@ -60,7 +62,8 @@ class FrameDrawer(DiffusionPipeline):
 
     def _make_cache(self, rows: int) -> KVCache:
         tokens = self.size[0] * self.size[1] // 256
-        return make_cache(self.transformer, rows=rows, tokens_per_frame=tokens, window=self.window)
+        storage = kv_storage(self.preset)
+        return make_cache(self.transformer, rows=rows, tokens_per_frame=tokens, window=self.window, storage=storage)
 
     def draw(self, states: Sequence[WorldState], chunk: KVChunk, actions: Tensor, control: WorldControl) -> Tensor:
         """Denoise the next frame of every state: latents [B, C, 1, h, w]."""
@@ -70,17 +73,23 @@ class FrameDrawer(DiffusionPipeline):
         def drawn(chunk: KVChunk, numbers: Tensor, actions: Tensor, weight: Tensor) -> Tensor:
             text = self.arena.prompts(chunk.rows)
             self._prepare(chunk, sigmas[:-1], actions)
+            kept, kept_silent = (kept_attention(self.preset, self.arena.cache) for _ in range(2))
 
             def denoise(latents: Tensor, sigma: float) -> Tensor:
+                step = sigmas.index(sigma)
+                attend_at(step, self.preset, chunk, kept)
                 flow = self._flow(latents, sigma, text, chunk, actions)
                 if silence is None:
                     return flow
+                attend_at(step, self.preset, chunk, kept_silent)
                 return combine(flow, self._flow(latents, sigma, silence, chunk, actions), weight)
 
             def noise(step: int) -> Tensor:
                 return self._noise_of(numbers, step)
 
-            return integrate(denoise, noise(0), sigmas, rule, noise=lambda step: noise(step + 1))
+            drawn = integrate(denoise, noise(0), sigmas, rule, noise=lambda step: noise(step + 1))
+            chunk.reuse = None
+            return drawn
 
         kind = ("draw", tuple(sigmas), rule, silence is not None)
         weight = torch.full((1,) * 5, control.guidance_scale)

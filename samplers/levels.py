@@ -81,6 +81,7 @@ def decoding_levels(
     batch: int,
     draws: Draws,
     guidance: Sequence[float] | None = None,
+    prompt: Sequence[Tensor] | None = None,
 ) -> Iterator[LevelDone]:
     """Decide level after level.
 
@@ -91,21 +92,28 @@ def decoding_levels(
         batch: B.
         draws: where random numbers come from.
         guidance: a weight for each level, or None. VAR's is `level_weights`.
+        prompt: for each level the tokens [B, p] of its first places, which are kept; the counts of its plan decide the
+            others.
 
     Raises:
-        ValueError: a plan or weights of another length than `levels.sizes`.
+        ValueError: a plan, weights or a prompt of another length than `levels.sizes`.
     """
-    if len(plan) != len(levels.sizes) or (guidance is not None and len(guidance) != len(levels.sizes)):
-        seen = len(plan) if len(plan) != len(levels.sizes) else len(guidance or ())
-        raise ValueError(f"there are {len(levels.sizes)} levels, so the plan and the guidance need as many; got {seen}")
+    for seen in (len(part) for part in (plan, guidance, prompt) if part is not None):
+        if seen != len(levels.sizes):
+            raise ValueError(
+                f"there are {len(levels.sizes)} levels, so the plan and the guidance need as many; got {seen}"
+            )
     canvas, first = levels.blank(batch), 0
     for number, (size, level) in enumerate(zip(levels.sizes, plan)):
         given = levels.next_input(canvas, number) if number else None
-        counts = list(level.counts or [size])
+        kept = 0 if prompt is None else prompt[number].shape[1]
+        counts = list(level.counts or [size - kept])
+        open_tokens = torch.zeros(batch, size - kept, dtype=torch.int64, device=canvas.device)
+        known = torch.arange(size, device=canvas.device).expand(batch, -1) < kept
         tokens = decode(
             lambda ask, number=number, given=given: network(number, given, ask),
-            torch.zeros(batch, size, dtype=torch.int64, device=canvas.device),
-            torch.zeros(batch, size, dtype=torch.bool, device=canvas.device),
+            open_tokens if prompt is None else torch.cat([prompt[number], open_tokens], dim=1),
+            known,
             counts=counts,
             order=level.order,
             head=level.head,

@@ -11,36 +11,16 @@ waits for the device. Row counters live twice, on the device for the index arith
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .kv_chunk import KVChunk, KVView, Places, Rows
+from .kv_chunk import KVChunk, KVView, Rows
+from .kv_storage import EightBits, FullPrecision, Storage
 from .window import Window
 
-__all__ = ["FullPrecision", "KVCache", "KVChunk", "KVView", "Rows", "Window"]
-
-
-class FullPrecision:
-    """Storage policy: keys and values as the model computes them.
-
-    A quantised policy keeps the same three methods: `allocate` returns whatever tensors it needs (values and scales).
-    `reads_views` says whether `read` gives a live view of neighbouring rows, so that it need not be asked again.
-    """
-
-    reads_views: ClassVar[bool] = True
-
-    def allocate(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    def write(self, store: Tensor, layer: int, places: Places, value: Tensor) -> None:
-        """`value` [B, n, H, D] into the chunk's places."""
-        places.put(store[layer], value.to(store.dtype))
-
-    def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
-        """Tokens [B, end - start, H, D]; a view where the rows are neighbours."""
-        return rows.take(store[layer])[:, start:end]
+__all__ = ["EightBits", "FullPrecision", "KVCache", "KVChunk", "KVView", "Rows", "Window"]
 
 
 class KVCache:
@@ -65,7 +45,7 @@ class KVCache:
         window: Window,
         position: Literal["absolute", "sink"] = "absolute",
         spare: int = 0,
-        storage: FullPrecision | None = None,
+        storage: Storage | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:

@@ -236,15 +236,16 @@ class KVChunk:
         outside = self.outside(layer) if self.first else []
         return self.reuse.attend(layer, q, (k, v), outside, first=self.first)
 
-    def outside(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of what the chunk sees besides itself, in pieces that lie together. Where the host knows.
-
-        ValueError: rows that are filled to different lengths, or a ring with room to roll back.
-        """
-        first = self._slots[0]
+    def outside(self, layer: int) -> list[tuple[Tensor, ...]]:
+        """Keys and values of what the chunk sees besides itself: in pieces that lie together where the host knows
+        where; else in one, with a mask bool [B, 1, 1, K] of what is seen."""
+        cache, tokens, first = self.cache, self.cache.tokens_per_frame, self._slots[0]
         if self.recorded or self._mask is not None or any(slots != first for slots in self._slots):
-            raise ValueError("attention outside a chunk is reused only where all rows are filled alike, without spare")
-        cache, tokens = self.cache, self.cache.tokens_per_frame
+            seen = (self.slot_frames >= 0) & (self.slot_frames < self.positions[:, :1])
+            stores = (
+                cache.storage.read(store, layer, self.rows, self._length * tokens) for store in (cache.k, cache.v)
+            )
+            return [(*stores, seen.repeat_interleave(tokens, 1)[:, None, None])]
         others = [slot for slot in range(self._length) if slot not in first]
         pieces = []
         for _, run in groupby(enumerate(others), key=lambda item: item[1] - item[0]):

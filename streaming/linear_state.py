@@ -131,7 +131,7 @@ class HybridChunk(KVChunk):
     def attend_view(self, layer: int, k: Tensor, v: Tensor) -> KVView:
         return super().attend_view(self.cache.place[layer], k, v)
 
-    def outside(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+    def outside(self, layer: int) -> list[tuple[Tensor, ...]]:
         return super().outside(self.cache.place[layer])
 
     @cached_property

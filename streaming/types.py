@@ -187,6 +187,26 @@ class VideoControl(Control):
 
 
 @dataclass(frozen=True, slots=True)
+class GameControl(VideoControl):
+    """`keys` and `mouse` as in `WorldControl`, for video models that are played."""
+
+    keys: frozenset[str] = frozenset()
+    mouse: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        VideoControl.__post_init__(self)
+        object.__setattr__(self, "keys", _key_codes(self.keys))
+        object.__setattr__(self, "mouse", _movement(self.mouse))
+
+    def merged(self, newer: Self) -> Self:
+        mouse = (self.mouse[0] + newer.mouse[0], self.mouse[1] + newer.mouse[1])
+        return replace(newer, keys=self.keys | newer.keys, mouse=mouse)
+
+    def held(self) -> Self:
+        return replace(self, mouse=(0.0, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
 class SpeechControl(Control):
     """The text to speak so far, and the voice that speaks it."""
 

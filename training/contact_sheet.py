@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK, _FAINT = 255, (20, 20, 20), (120, 120, 120)
 _GAP, _LINE = 6, 20
@@ -36,7 +37,6 @@ def contact_sheet(
     Raises:
         ValueError: shapes that differ, or labels that do not match them.
         OSError: the file cannot be written.
-        ImportError: cv2 is not installed.
     """
     truth, model = np.asarray(truth), np.asarray(model)
     if truth.dtype != np.uint8 or truth.shape != model.shape or truth.ndim != 5 or truth.shape[-1] != 3:
@@ -49,41 +49,24 @@ def contact_sheet(
     height, width = truth.shape[2:4]
     margin = 8 + 8 * max(len(name) for name in names)
     sheet = np.full((_sheet_height(len(rows), height), margin + len(columns) * (width + 2), 3), _PAPER, np.uint8)
-    for column, label in enumerate(columns):
-        _write(sheet, label, margin + column * (width + 2) + 2, _LINE - 6, _INK)
+    labels = [(label, margin + column * (width + 2) + 2, _LINE - 6, _INK) for column, label in enumerate(columns)]
     for row, label in enumerate(rows):
         top = _LINE + row * (_LINE + 2 * height + 2 + _GAP)
-        _write(sheet, label, margin + 2, top + _LINE - 6, _INK)
+        labels.append((label, margin + 2, top + _LINE - 6, _INK))
         for strip, (name, frames) in enumerate(zip(names, (truth[row], model[row]))):
             above = top + _LINE + strip * (height + 2)
-            _write(sheet, name, 4, above + height // 2, _FAINT)
+            labels.append((name, 4, above + height // 2, _FAINT))
             for column, frame in enumerate(frames):
                 left = margin + column * (width + 2)
                 sheet[above : above + height, left : left + width] = frame
-    _save(sheet, Path(path))
-    return sheet
+    picture = Image.fromarray(sheet)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for text, x, y, colour in labels:
+        pen.text((x, y), text, fill=colour, font=font, anchor="ls")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, "PNG")
+    return np.array(picture)
 
 
 def _sheet_height(rows: int, height: int) -> int:
     return _LINE + rows * (_LINE + 2 * height + 2 + _GAP)
-
-
-def _write(sheet: NDArray[np.uint8], text: str, x: int, y: int, colour: tuple[int, int, int]) -> None:
-    cv2 = _cv2()
-    cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
-
-
-def _save(sheet: NDArray[np.uint8], path: Path) -> None:
-    cv2 = _cv2()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoded, data = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-    assert encoded
-    path.write_bytes(data.tobytes())  # cv2.imwrite says nothing when it fails; this raises
-
-
-def _cv2():
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("cv2 is needed to draw a contact sheet: pip install opencv-python") from error
-    return cv2

@@ -31,7 +31,7 @@ from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 
 TrainedKind = Literal["two_pass", "masked"]
 
-PHRASES = 96  # of each picture
+PHRASES = 256  # of each picture
 UNPROMPTED = 0.1
 RASTER = 0.1  # share of rows learnt from the first place to the last, which random orders hardly ever are
 
@@ -156,9 +156,9 @@ def train(
     codec.eval().to(accelerator.device)
     tokens = encode_all(codec, emojis.pictures.to(accelerator.device))
     set_seed(seed, device_specific=True)
-    if accelerator.device.type == "cuda":
-        transformer.compile()
     objective = TokenObjective(transformer, text_encoder, len(emojis.names))
+    if accelerator.device.type == "cuda":
+        objective.forward = torch.compile(objective.forward)
     trainer = Trainer(objective, budget, out, accelerator)
     trainer.fit(Captions(tokens, emojis, text_encoder, batch_size), title="emoji")
     if accelerator.is_main_process:

@@ -40,14 +40,16 @@ class VQObjective(nn.Module):
         squared = error.square().mean()
         edges = sum((drawn.diff(dim=dim) - pictures.diff(dim=dim)).abs().mean() for dim in (-1, -2))
         loss = 2 * error.abs().mean() + 0.5 * edges + 60 * squared + quantized.loss
-        used = torch.bincount(quantized.tokens.flatten(), minlength=self.codec.config["codebook_size"])
-        return loss, {"psnr": -10 * squared.detach().log10(), "codes": perplexity(used)}
+        codes = perplexity(quantized.tokens, self.codec.config["codebook_size"])
+        return loss, {"psnr": -10 * squared.detach().log10(), "codes": codes}
 
 
-def perplexity(counts: Tensor) -> Tensor:
-    """How many codes are as good as evenly used: exp of the entropy of `counts` [V]."""
-    shares = counts.float() / counts.sum()
-    return torch.special.entr(shares).sum().exp()
+def perplexity(tokens: Tensor, vocabulary: int) -> Tensor:
+    """How many codes are as good as evenly used by `tokens` [...]: exp of the entropy of their shares."""
+    # `bincount` would make the host wait for the device.
+    ones = torch.ones(tokens.numel(), device=tokens.device)
+    counts = torch.zeros(vocabulary, device=tokens.device).scatter_add_(0, tokens.flatten(), ones)
+    return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
 def as_float(pictures: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ def encode_all(codec: VQAutoencoder, pictures: Tensor, chunk: int = 256) -> Tens
     return torch.cat([codec.encode(as_float(part)) for part in pictures.split(chunk)])
 
 
+@torch.compiler.set_stance("force_eager")  # rather than compile for a last, smaller chunk
 @torch.no_grad()
 def psnr(codec: VQAutoencoder, pictures: Tensor, chunk: int = 256) -> float:
     """Of all pictures [N, S, S, 3] together, in float32."""

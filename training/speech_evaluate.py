@@ -4,7 +4,8 @@
 
 The judge is pocketsphinx with the general English model of its package. Sentences are held out from training, of words
 that the judge knows and that are not rare. Each is spoken three times: by flite, by flite through the codec, and by the
-model. Writes `report.json` and a few sentences of each as WAV files.
+model. Writes `report.json` and a few sentences of each as WAV files. With `--generator` a model of `sound-tokens` or
+`sound-infill` speaks instead, with the codec and the durations of the speaking model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 import time
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..pipelines.sound_speak import load_generator, speak_with
 from ..pipelines.speech_draw import SpeechParts, speak
 from . import flite
 from .speech_pack import load_parts
@@ -68,14 +70,20 @@ def recognise(samples: np.ndarray) -> list[str]:
     return [] if found is None else [re.sub(r"\(\d+\)", "", word) for word in found.hypstr.split()]
 
 
-def tell(number: int, *, sentences: Sequence[str], voices: Sequence[str], parts: SpeechParts, out: Path) -> dict:
+Speaker = Callable[..., torch.Tensor]
+"""(text, voice, seed=) to a waveform [S]."""
+
+
+def tell(
+    number: int, *, sentences: Sequence[str], voices: Sequence[str], parts: SpeechParts, speaker: Speaker, out: Path
+) -> dict:
     """One sentence in all its versions: seconds and what was heard."""
     torch.set_num_threads(1)
     text, voice = sentences[number], voices[number % len(voices)]
     true = flite.speak(text + ".", voice).samples
     through = parts.codec.decode(parts.codec.encode(torch.from_numpy(true).float()[None, None] / 32768))[0, 0]
     begun = time.perf_counter()
-    made = speak(parts, text + ".", voice, seed=number)
+    made = speaker(text + ".", voice, seed=number)
     took = time.perf_counter() - begun
     sounds = {"flite": true, "codec": as_samples(through), "model": as_samples(made)}
     for name, samples in sounds.items():
@@ -125,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="millstream train speech-evaluate", description=(__doc__ or "").split("\n", 1)[0]
     )
     parser.add_argument("--model", type=Path, required=True, help="the folder of speech-pack")
+    parser.add_argument("--generator", type=Path, help="folder of sound-tokens or sound-infill that speaks instead")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report and the WAV files")
     parser.add_argument("--text", type=Path, default=WORDNET, help="WordNet's folder, or a file of sentences")
     parser.add_argument("--count", type=int, default=200, help="sentences (default: 200)")
@@ -135,11 +144,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     sentences = easy(split(everything)[1], everything, known_words(), arguments.count)
     parts = load_parts(arguments.model)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    work = partial(tell, sentences=sentences, voices=arguments.voices, parts=parts, out=arguments.out)
+    speaker = partial(speak, parts)
+    if arguments.generator:
+        speaker = partial(speak_with, parts, load_generator(arguments.generator))
+    work = partial(tell, sentences=sentences, voices=arguments.voices, parts=parts, speaker=speaker, out=arguments.out)
     torch.set_num_threads(1)  # before the fork, whose children would wait for threads that are not there
     with multiprocessing.get_context("fork").Pool(arguments.processes or os.cpu_count()) as pool:
         rows = pool.map(work, range(len(sentences)), chunksize=1)
-    report = {"model": str(arguments.model), "judge": "pocketsphinx, en-us", **summary(rows), "rows": rows}
+    report = {
+        "model": str(arguments.generator or arguments.model),
+        "judge": "pocketsphinx, en-us",
+        **summary(rows),
+        "rows": rows,
+    }
     (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in report.items() if name != "rows"}, indent=1))
 

@@ -21,6 +21,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .muon import Muon
+
 Batch = dict[str, Tensor]
 SYNC_STEPS = 20  # how often ranks agree on the time and the loss is read: each costs a wait for the device
 
@@ -51,7 +53,7 @@ class Budget:
 
 
 def make_optimizers(objective: nn.Module, budget: Budget) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024, as in `torch.optim.Muon`) for matrices inside transformer blocks, AdamW for the rest.
+    """`Muon` for matrices inside transformer blocks, AdamW for the rest.
 
     An objective may slow or speed a part of itself: `objective.rates` maps prefixes of parameter names to factors.
     """
@@ -70,9 +72,7 @@ def make_optimizers(objective: nn.Module, budget: Budget) -> list[torch.optim.Op
         torch.optim.AdamW(adam, budget.learning_rate, betas=(0.9, 0.95), weight_decay=decay, fused=fused)
     ]
     if muon:
-        if not hasattr(torch.optim, "Muon"):
-            raise ImportError(f"training needs torch 2.9 or newer (for torch.optim.Muon), got {torch.__version__}")
-        made.append(torch.optim.Muon(muon, budget.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        made.append(Muon(muon, budget.learning_rate, weight_decay=decay))
     return made
 
 

@@ -73,11 +73,14 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from ..models.checkpoints import open_checkpoint
     from ..pipelines.memory import plan_for
+    from ..pipelines.presets import PRESETS
     from ..pipelines.recipes import as_config
     from ..pipelines.video_load import find_parts, local_folder
 
     folder = local_folder(arguments.model, transformer=arguments.checkpoint is None)
-    pipe, plan = plan_for(folder, **load_arguments(arguments, pick_device("auto")))
+    chosen = load_arguments(arguments, pick_device("auto"))
+    pipe, plan = plan_for(folder, **chosen)
+    plans = {name: plan_for(folder, **chosen | {"preset": name})[1] for name in PRESETS}
     weights = arguments.checkpoint or find_parts(folder)["transformer"]
     return {
         "folder": str(folder),
@@ -89,6 +92,8 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
         "size": list(pipe.size),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "absent": [part for part in ("text_encoder", "decoder") if getattr(pipe, part) is None],
+        "preset": pipe.preset.name,
+        "presets": {name: each.as_json() for name, each in plans.items()},
         "plan": plan.as_json(),
         "plan_text": plan.as_text(),
     }
@@ -105,8 +110,11 @@ def as_text(report: dict[str, Any]) -> str:
         *([f"note: {recipe['note']}"] if recipe["note"] else []),
         *([f"without {', '.join(report['absent'])}"] if report["absent"] else []),
         "",
-        f"memory at {report['size'][0]} x {report['size'][1]} in {report['dtype']}, for one stream:",
+        f"memory at {report['size'][0]} x {report['size'][1]} in {report['dtype']}, preset {report['preset']}, for one "
+        "stream:",
         report["plan_text"],
+        "",
+        *(_preset_line(name, each) for name, each in report["presets"].items()),
         "",
     ]
     for gpu in machine()["accelerators"]:
@@ -115,8 +123,20 @@ def as_text(report: dict[str, Any]) -> str:
         fits = "fits" if plan["total"] <= gpu["memory"] else "does not fit"
         if fits != "fits" and plan["without_text_encoder"] <= gpu["memory"]:
             fits = "fits once the text encoder is dropped"
+        fitting = [name for name, each in report["presets"].items() if each["total"] <= gpu["memory"]]
+        if fits == "does not fit" and fitting:
+            fits += f", --preset {fitting[0]} does"
         lines.append(f"{gpu['name']}, {gpu['memory'] / 1e9:.1f} GB: {fits}")
     return "\n".join(lines)
+
+
+def _preset_line(name: str, plan: dict[str, Any]) -> str:
+    """What a preset takes in all, for people."""
+    host = sum(plan["host"].values())
+    without = plan["without_text_encoder"]
+    more = f", {without / 1e9:.2f} GB once the text encoder is dropped" if without < plan["total"] else ""
+    more += f", and {host / 1e9:.2f} GB on the host" if host else ""
+    return f"--preset {name}: {plan['total'] / 1e9:.2f} GB{more}"
 
 
 def load_video(arguments: argparse.Namespace) -> VideoPipeline:

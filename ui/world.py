@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..streaming import Session
 
 VIDEO_SCALE = 4  # recordings of worlds are enlarged, since players blur a thumbnail
+ON_GPU = 1024  # inputs and outputs of a product below which a GPU takes longer to quantise than it saves
 THUMBNAIL = 240  # pixels of height below which a picture is one
 
 
@@ -37,7 +39,7 @@ def shipped_models(kind: str | None = "WorldPipeline") -> dict[str, Path]:
 def load_world(name: str, device: str = "auto", preset: str | None = None) -> WorldPipeline:
     """The world model `name` (shipped, a folder, or owner/name on the Hugging Face hub) on `device`.
 
-    A world has two kinds of arithmetic, so a preset chooses between them: see `world_dtype`.
+    A preset does to a world what it does to a video model, and chooses what it computes in: see `world_dtype`.
 
     Raises:
         FileNotFoundError: no such model.
@@ -45,8 +47,13 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
     """
     import torch
 
+    from ..pipelines.presets import find_preset
+
     torch_device = pick_device(device)
-    dtype = world_dtype(preset, torch_device.type)
+    dtype, arithmetic = world_dtype(preset, torch_device.type), {}
+    if preset is not None:
+        chosen = find_preset(preset)
+        arithmetic = {"preset": replace(chosen, narrowest=ON_GPU) if torch_device.type == "cuda" else chosen}
     shipped = shipped_models()
     on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name not in shipped and not on_hub and not Path(name).expanduser().is_dir():
@@ -57,7 +64,8 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
     from ..pipelines.world import WorldPipeline
 
     try:
-        pipe = WorldPipeline.from_pretrained(name if name in shipped else str(Path(name).expanduser()))
+        folder = name if name in shipped else str(Path(name).expanduser())
+        pipe = WorldPipeline.from_pretrained(folder, **arithmetic)
     except SafetensorError as error:
         raise ValueError(
             f"the weights of {name!r} can't be read ({error}): the file is damaged, so fetch it again"

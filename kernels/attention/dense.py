@@ -9,7 +9,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -51,11 +50,7 @@ def attend_dense_with_lse(
     if not q.is_cuda:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     elif bias is None and q.dtype != torch.float32:
-        if _prefers_cudnn(q, k, v):
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
-            lse = lse.reshape(q.shape[:3])  # it comes as [B, H, L, 1]
-        else:
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
     lse = lse[..., : q.shape[2]].float()  # the memory-efficient kernel pads it to a multiple of 32 queries
@@ -69,6 +64,8 @@ def _cudnn_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Is cuDNN's the fastest dense attention here? On Hopper it takes 0.55 of flash attention's time (4,680 queries,
     18,720 keys), but PyTorch does not choose it by itself. It takes any strides, so no ring is copied for it."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return False
+    if torch.compiler.is_compiling():  # whose graph cannot hold the questions below
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
@@ -103,21 +100,6 @@ def _kernels_give_lse(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.is_cuda:
         return q.dtype != torch.float64 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     return q.device.type == "cpu"
-
-
-def _prefers_cudnn(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Is cuDNN's kernel there, and the faster one? On Hopper it takes little more than half of FlashAttention 2's time.
-
-    A compiler cannot ask, so compiled code takes FlashAttention.
-    """
-    if torch.compiler.is_compiling() or not _is_hopper_or_newer(q.device) or q.shape[-1] > 128:
-        return False
-    return can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False), False)
-
-
-@cache
-def _is_hopper_or_newer(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _without_empty_rows(mask: Tensor) -> tuple[Tensor, Tensor]:

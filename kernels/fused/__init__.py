@@ -131,10 +131,10 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quanti
     """
     if dtype not in LARGEST:
         raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
-    return Quantized(*operators.quantize_rows(x.detach(), dtype))
+    return Quantized(*operators.quantize_rows(x.detach(), dtype, False))
 
 
-def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
+def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """`x @ weight.T + bias` by 8-bit products: activations are quantised by row, results scaled back by row and column.
 
     There is no gradient: this is for inference with quantised weights.
@@ -143,6 +143,7 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
         x: [..., K], any floating dtype.
         weight: [N, K] from `quantize_rows`; its dtype is the one that products are taken in.
         bias: [N].
+        gelu: multiply GELU(x), by its tanh approximation, which is computed as rows are quantised.
 
     Returns:
         [..., N] in `x`'s dtype. int8 sums are exact; float8 sums are in float32 (tensor cores keep about 14 bits).
@@ -158,8 +159,14 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -
         )
     if bias is not None and bias.shape != values.shape[:1]:
         raise ValueError(f"bias must be [N] = [{values.shape[0]}], got {list(bias.shape)}")
-    rows = operators.quantize_rows(x.detach().reshape(-1, x.shape[-1]), values.dtype)
-    return operators.quantized_product(*rows, values, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # where calling an operator takes as long as it
+        rows = reference.quantize_rows_reference(flat, values.dtype, gelu)
+        out = reference.quantized_product_reference(*rows, values, scale, bias, x.dtype)
+    else:
+        rows = operators.quantize_rows(flat, values.dtype, gelu)
+        out = operators.quantized_product(*rows, values, scale, bias, x.dtype)
+    return out.view(*x.shape[:-1], -1)
 
 
 def _choose(operator, in_pytorch, *tensors: Tensor | None):

@@ -75,19 +75,19 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "millstream::quantize_rows", mutates_args=(), schema="(Tensor x, ScalarType dtype) -> (Tensor, Tensor)"
+    "millstream::quantize_rows", mutates_args=(), schema="(Tensor x, ScalarType dtype, bool gelu) -> (Tensor, Tensor)"
 )
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
     if not runs_in(dtype, x):
-        values, scale = reference.quantize_rows_reference(x, dtype)
+        values, scale = reference.quantize_rows_reference(x, dtype, gelu)
         return values.contiguous(), scale.contiguous()
     from .triton import quantize_rows_triton
 
-    return quantize_rows_triton(x, dtype)
+    return quantize_rows_triton(x, dtype, gelu)
 
 
 @quantize_rows.register_fake
-def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 

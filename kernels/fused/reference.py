@@ -6,6 +6,8 @@ float32, or float64 where the inputs are float64; results are rounded once, to t
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,9 @@ def gate_residual_reference(x_BLW: Tensor, y_BLW: Tensor, gate_BGW: Tensor) -> T
     return torch.addcmul(x, y.to(x.dtype), gate_BGW.to(x.dtype).unsqueeze(2)).flatten(1, 2).to(x_BLW.dtype)
 
 
-def quantize_rows_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values of `dtype` and scales float32 [..., 1], so that x is about values * scale."""
-    x = x.float()
+def quantize_rows_reference(x: Tensor, dtype: torch.dtype, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Values of `dtype` and scales float32 [..., 1], so that x, or GELU(x) by tanh, is about values * scale."""
+    x = torch.nn.functional.gelu(x.float(), approximate="tanh") if gelu else x.float()
     most = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     values = x * torch.full_like(most, LARGEST[dtype]).div(most)  # a number / a tensor would round twice
     values = values.round() if dtype == torch.int8 else values
@@ -55,8 +57,18 @@ def quantized_product_reference(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """values [M, K] times weight [N, K] transposed, scaled back by row and column, plus bias: [M, N]."""
-    out = values.float() @ weight.float().t() * scale * weight_scale.t()
-    return (out if bias is None else out + bias.float()).to(dtype)
+    if values.dtype == torch.int8 and values.device.type == "cpu" and _has_fast_integers():
+        out = torch._int_mm(values, weight.t()).float()  # eight times as fast as the same product in float32
+    else:
+        out = values.float() @ weight.float().t()
+    out = out.mul_(scale).mul_(weight_scale.t())
+    return (out if bias is None else out.add_(bias)).to(dtype)
+
+
+@cache
+def _has_fast_integers() -> bool:
+    """Where oneDNN lacks them, PyTorch multiplies integers one by one."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -128,11 +128,14 @@ def _quantize_kernel(
     width: tl.constexpr,
     largest: tl.constexpr,
     whole: tl.constexpr,
+    activated: tl.constexpr,
     columns: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, columns)
     value = tl.load(x + token * x_token + at, mask=at < width, other=0.0).to(tl.float32)
+    if activated:  # GELU by tanh, which is a sigmoid of twice its argument
+        value *= tl.sigmoid(1.5957691216057308 * value * (1.0 + 0.044715 * value * value))
     most = tl.maximum(tl.max(tl.abs(value), axis=0), smallest)
     value *= tl.div_rn(largest, most)
     if whole:
@@ -205,8 +208,8 @@ def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
-def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_rows_reference`, equal to the bit."""
+def quantize_rows_triton(x: Tensor, dtype: torch.dtype, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows_reference`, equal to the bit without GELU."""
     width = x.shape[-1]
     flat = _rows(x.reshape(-1, width))
     values = x.new_empty(x.shape, dtype=dtype)
@@ -214,7 +217,7 @@ def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     columns = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         _quantize_kernel[(flat.shape[0],)](
-            flat, values, scales, flat.stride(0), SMALLEST, width, LARGEST[dtype], dtype == torch.int8, columns,
-            num_warps=_warps(columns), enable_fp_fusion=False,
+            flat, values, scales, flat.stride(0), SMALLEST, width, LARGEST[dtype], dtype == torch.int8, gelu,
+            columns, num_warps=_warps(columns), enable_fp_fusion=False,
         )  # fmt: skip
     return values, scales

@@ -26,7 +26,7 @@ class FlashBlock:
         layer: int,
         q: Tensor,
         inside: tuple[Tensor, Tensor],
-        outside: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]],
+        outside: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, ...]],
         *,
         first: bool,
         plan: BlockPlan | Callable[[Tensor, Tensor], BlockPlan | None] | None = None,
@@ -34,6 +34,7 @@ class FlashBlock:
         """Attention of q to `inside` (k, v) and `outside` (k, v), or pieces of it, or none; all [B, L, H, D].
 
         Args:
+            outside: a piece of which not all is seen has a third part, a mask as `attend` takes it.
             plan: of the outside part at the first step, or what makes it for a piece from (q, k).
             first: compute and keep the outside part; otherwise it is taken as kept, and `outside` is not read.
 
@@ -43,8 +44,11 @@ class FlashBlock:
         if first:
             alone = len(outside) == 2 and isinstance(outside[0], Tensor)
             pieces: Any = [outside] if alone else outside
-            plans = [plan(q, k) if callable(plan) else plan for k, _ in pieces]
-            parts = [attend(q, k, v, plan, return_lse=True) for (k, v), plan in zip(pieces, plans)]
+            plans = [plan(q, piece[0]) if callable(plan) else plan for piece in pieces]
+            parts = [
+                attend(q, k, v, plan, mask=mask[0] if mask else None, return_lse=True)
+                for (k, v, *mask), plan in zip(pieces, plans)
+            ]
             self._kept[layer] = merge(parts) if parts else None
         elif layer not in self._kept:
             raise RuntimeError(

@@ -78,7 +78,7 @@ def load_vae(
         FileNotFoundError, ValueError: as `load_transformer`; ValueError too where the statistics of the latents are not
             given, since pictures would come out as snow.
     """
-    stored = {unwrapped(name): value for name, value in _flat(read_weights(source, headers_only=headers_only)).items()}
+    stored = {unwrapped(name): value for name, value in flat(read_weights(source, headers_only=headers_only)).items()}
     config = _json_beside(Path(source))
     if "decoder.conv_in.weight" in stored:
         if config is None or not {"latents_mean", "latents_std"} <= config.keys():
@@ -113,7 +113,7 @@ def load_text_encoder(
     Raises:
         FileNotFoundError, ValueError: as `load_transformer`.
     """
-    stored = _flat(read_weights(source, headers_only=headers_only))
+    stored = flat(read_weights(source, headers_only=headers_only))
     settings = _json_beside(Path(source))
     if "token_embedding.weight" in stored:
         weights = {text_encoder_name(name): value for name, value in stored.items()}
@@ -173,7 +173,10 @@ def config_from_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The config that weights in diffusers' names imply. ValueError if the names that tell it are not there."""
     needed = ("patch_embedding.weight", "proj_out.weight", "blocks.0.ffn.net.0.proj.weight")
     embedder = "condition_embedder"
-    needed += (f"{embedder}.text_embedder.linear_1.weight", f"{embedder}.time_embedder.linear_1.weight")
+    needed += (f"{embedder}.time_embedder.linear_1.weight", f"{embedder}.text_embedder.linear_1.weight")
+    played = action_modules(weights)
+    if played:
+        needed = needed[:-1]  # it reads a picture, and no words
     absent = [name for name in needed if name not in weights]
     if absent:
         raise ValueError(f"the weights are not those of a whole transformer: {', '.join(absent)} are missing")
@@ -188,15 +191,38 @@ def config_from_shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "attention_head_dim": head_dim,
         "in_channels": channels,
         "out_channels": shape[needed[1]][0] // math.prod(size),
-        "text_dim": shape[needed[3]][1],
-        "freq_dim": shape[needed[4]][1],
+        "text_dim": None if played else shape[needed[4]][1],
+        "freq_dim": shape[needed[3]][1],
         "ffn_dim": shape[needed[2]][0],
         "num_layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
         "cross_attn_norm": "blocks.0.norm2.weight" in weights,
         "image_dim": None if image is None else image.shape[0],
         "added_kv_proj_dim": dim if "blocks.0.attn2.add_k_proj.weight" in weights else None,
         "pos_embed_seq_len": None if positions is None else positions.shape[1],
+        "action_modules": played,
     }
+
+
+def action_modules(weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """The `action_modules` that weights imply; None where there are none."""
+    blocks = sorted({int(name.split(".")[1]) for name in weights if ".action_model." in name})
+    if not blocks:
+        return None
+    inside = f"blocks.{blocks[0]}.action_model."
+    shapes = {name.removeprefix(inside): tuple(value.shape) for name, value in weights.items() if inside in name}
+    keys, mouse = "keyboard_attn_kv.weight" in shapes, "t_qkv.weight" in shapes
+    found: dict[str, Any] = {"blocks": blocks, "enable_keyboard": keys, "enable_mouse": mouse}
+    if keys:
+        hidden, buttons = shapes["keyboard_embed.0.weight"]
+        wide, head = shapes["mouse_attn_q.weight"][0], shapes["key_attn_q_norm.weight"][0]
+        found |= {"keyboard_dim_in": buttons, "hidden_size": hidden, "keyboard_hidden_dim": wide}
+        found["windows_size"] = shapes["keyboard_attn_kv.weight"][1] // (4 * hidden)
+    if mouse:
+        wide, head = shapes["t_qkv.weight"][1], shapes["img_attn_q_norm.weight"][0]
+        found["mouse_hidden_dim"] = wide
+    if keys or mouse:
+        found |= {"heads_num": wide // head, "rope_dim_list": [8, (head - 8) // 2, (head - 8) // 2]}
+    return found
 
 
 def _text_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -214,7 +240,8 @@ def _text_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _flat(stored: Mapping[str, Any]) -> dict[str, Tensor]:
+def flat(stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, out of the dictionary that a training run wrapped around them."""
     for nest in ("state_dict", "model"):
         if isinstance(stored.get(nest), Mapping):
             stored = stored[nest]
@@ -235,6 +262,7 @@ def _config_beside(source: Path) -> dict[str, Any] | None:
     if not found.keys() >= ORIGINAL_CONFIG:
         return None
     image = found.get("model_type") == "i2v"
+    played = bool(found.get("action_config"))
     return {
         "num_attention_heads": found["num_heads"],
         "attention_head_dim": found["dim"] // found["num_heads"],
@@ -245,5 +273,5 @@ def _config_beside(source: Path) -> dict[str, Any] | None:
         "freq_dim": found.get("freq_dim", 256),
         "eps": found.get("eps", 1e-6),
         "image_dim": 1280 if image else None,
-        "added_kv_proj_dim": found["dim"] if image else None,
+        "added_kv_proj_dim": found["dim"] if image and not played else None,
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..quantized import QuantizedLinear
 from .names import transformer_name
 
 PAIR = re.compile(r"(.*)\.(?:lora_(A|B|down|up))(?:\.[^.]+)?\.weight")
@@ -52,7 +53,7 @@ def _layer(name: str) -> str:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, adapter: Mapping[str, Tensor], *, scale: float = 1.0) -> None:
-    """Add an adapter to the weights of `model`, in float32, rounded once.
+    """Add an adapter to the weights of `model`, in float32, rounded once; weights in 8 bits are quantised anew.
 
     Args:
         model: its linear layers bear the adapter's names.
@@ -69,7 +70,10 @@ def merge_lora(model: nn.Module, adapter: Mapping[str, Tensor], *, scale: float 
     for layer in layers:
         down, up = (adapter[f"{layer}.lora_{half}.weight"] for half in "AB")
         module = modules.get(layer)
-        if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != (up.shape[0], down.shape[1]):
+        if not isinstance(module, (nn.Linear, QuantizedLinear)) or tuple(module.weight.shape) != (
+            up.shape[0],
+            down.shape[1],
+        ):
             misfits.append(f"{layer} ({up.shape[0]} x {down.shape[1]})")
             continue
         rank = down.shape[0]
@@ -86,4 +90,7 @@ def merge_lora(model: nn.Module, adapter: Mapping[str, Tensor], *, scale: float 
             continue
         strength = scale * (1.0 if alpha is None else float(alpha) / rank)
         delta = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
-        weight.copy_(weight.float().add_(delta, alpha=strength))
+        if isinstance(module, QuantizedLinear):
+            module.add(strength * delta)
+        else:
+            weight.copy_(weight.float().add_(delta, alpha=strength))

@@ -108,6 +108,8 @@ def test_a_quantised_linear_layer_is_near_the_layer(dtype):
     assert (by_column < limit).all()  # weak columns are as exact as strong ones
     assert torch.equal(quantized_linear(x, packed), quantized_linear(x, packed, torch.zeros(48)))
     assert quantized_linear(x.bfloat16(), packed).dtype == torch.bfloat16
+    activated = F.gelu(x, approximate="tanh")
+    torch.testing.assert_close(quantized_linear(x, packed, gelu=True), quantized_linear(activated, packed))
 
 
 def test_the_operators_pass_pytorchs_own_checks():
@@ -121,7 +123,7 @@ def test_the_operators_pass_pytorchs_own_checks():
     for dtype in EIGHT_BITS:
         # The schema check multiplies results by numbers, which the CPU can't do in float8.
         checks = ["test_faketensor", "test_autograd_registration"] + ["test_schema"] * (dtype == torch.int8)
-        torch.library.opcheck(ops.quantize_rows, (x, dtype), test_utils=checks)
+        torch.library.opcheck(ops.quantize_rows, (x, dtype, True), test_utils=checks)
         rows, columns = quantize_rows(draw(0, 5, 16), dtype), quantize_rows(draw(1, 7, 16), dtype)
         torch.library.opcheck(ops.quantized_product, (*rows, *columns, draw(2, 7), torch.float32), test_utils=checks)
 
@@ -193,6 +195,13 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
         sure = torch.frexp(wanted[0].float())[0].abs() != 0.5
         assert torch.equal(seen[0].float()[sure], wanted[0].float()[sure])
         assert dtype != torch.int8 or torch.equal(seen[0], wanted[0])
+        (near, near_scale), (bent, scale) = (
+            quantize(x, dtype, True) for quantize in (fast.quantize_rows_triton, plain.quantize_rows_reference)
+        )
+        close(near_scale, scale)
+        sure = torch.frexp(bent.float())[0].abs() != 0.5
+        off = (near.float() - bent.float()).abs()[sure]
+        assert (off <= (1 if dtype == torch.int8 else bent.float().abs()[sure] / 8 + 2**-9)).all()  # a step at most
         for bias in (None, draw(columns)):
             arguments = *wanted, *plain.quantize_rows_reference(weight, dtype), bias, torch.float32
             close(quantized_product_triton(*arguments), plain.quantized_product_reference(*arguments))
@@ -262,6 +271,8 @@ def test_cuda_quantises_and_multiplies_as_the_reference_does(dtype, size):
     exact = (values.double() * scale) @ (packed.values.double() * packed.scale).t() + bias
     # int8 sums are exact and rounded to bfloat16; float8 sums are short inside the tensor cores.
     assert (seen.double() - exact).norm() / exact.norm() < (4e-3 if dtype == torch.int8 else 1e-2)
+    bent = quantized_linear(F.gelu(x.bfloat16(), approximate="tanh"), packed, bias)
+    assert (quantized_linear(x.bfloat16(), packed, bias, gelu=True) - bent).norm() / bent.norm() < 0.02
     plain = F.linear(x, weight, bias)
     assert (seen.float() - plain).norm() / plain.norm() < (0.015 if dtype == torch.int8 else 0.045)
 

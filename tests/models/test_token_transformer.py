@@ -10,6 +10,7 @@ from torch import Tensor
 
 from millstream.models.token_config import Kind
 from millstream.models.token_layers import axial_angles, grid_places
+from millstream.models.token_linear import GatedLinear
 from millstream.models.token_transformer import TokenTransformer
 
 V, SIDE, S, B = 13, 4, 3, 2
@@ -211,3 +212,52 @@ def test_contradictions_are_refused(text: Tensor, tokens: Tensor) -> None:
         model("scales", scale_sides=(1, 5), token_channels=5)
     with pytest.raises(ValueError, match='kind "two_pass" takes order='):
         model("two_pass")(tokens, text)
+
+
+@torch.no_grad()
+def test_linear_attention_decodes_as_it_trains(text: Tensor, tokens: Tensor) -> None:
+    net = model("masked", attention="lina")
+    known = torch.rand(B, N, generator=torch.Generator().manual_seed(4)) < 0.5
+    at_once = net(tokens, text, known=known)
+    every = torch.arange(N).expand(B, -1)
+    step = net.predict_masked(tokens, known, net.begin(text), every)
+    torch.testing.assert_close(step, at_once, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="all 16 places are computed at every step and not 5; take refresh=1"):
+        net.predict_masked(tokens, known, net.begin(text), every[:, :5])
+    moved = tokens.clone()
+    shown = int(known[0].nonzero()[0])
+    moved[0, shown] = (moved[0, shown] + 1) % V
+    changed = (net(moved, text, known=known) - at_once).abs().amax(dim=-1)
+    assert (changed[0] > 1e-5).all(), "every place sees every known token"
+    assert not changed[1].any()
+
+
+@torch.no_grad()
+def test_gated_linear_is_its_formula() -> None:
+    """o = q sum(k g v h) / (q sum(k g)), and on the grid a convolution of v."""
+    torch.manual_seed(0)
+    mixer = GatedLinear(8, (2, 3))
+    for parameter in mixer.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    q, k, v = torch.randn(3, 1, 2 + 6, 2, 4).unbind()
+    q[..., 0] = q[..., 0].abs()  # a query without any feature would be divided by next to nothing
+    key_gate, value_gate = (torch.cat([torch.ones(2), gate]) for gate in (mixer.key_gate, mixer.value_gate))
+    found = mixer(q, k, v)
+    picture = torch.nn.functional.conv2d(
+        v[:, 2:].reshape(1, 2, 3, 8).permute(0, 3, 1, 2), mixer.convolution.weight, mixer.convolution.bias, 1, 2, 1, 8
+    )
+    for head in range(2):
+        features, keys = q[0, :, head].relu() + 1e-6, (k[0, :, head].relu() + 1e-6) * key_gate[:, None]
+        share = features @ keys.T
+        wanted = share @ (v[0, :, head] * value_gate[:, None]) / share.sum(dim=1, keepdim=True)
+        wanted[2:] += picture[0, 4 * head : 4 * head + 4].flatten(1).T
+        torch.testing.assert_close(found[0, :, head], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("causal", {}), ("masked", {"learned_positions": False}), ("masked", {"grid": (2, 2, 2)})],
+)
+def test_linear_attention_where_it_cannot_be_is_refused(kind: Kind, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match='attention "lina" is for kind "masked" on a grid of rows and columns'):
+        model(kind, attention="lina", **changes)

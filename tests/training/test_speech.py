@@ -68,6 +68,7 @@ def test_shards_are_laid_end_to_end_in_whole_frames(speech: Speech) -> None:
 
 
 def test_latents_of_all_shards_are_those_of_each_alone(speech: Speech) -> None:
+    torch.manual_seed(0)
     codec = AudioCodec(**CODEC).eval()
     together = speech_codec.encode_all(codec, speech, frames=5)
     second = speech.samples[speech.shards[1] :]

@@ -49,6 +49,18 @@ def test_info_as_json_and_for_another_checkpoint_recipe_and_size(folder, capsys,
     assert report["plan"]["total"] > report["plan"]["without_text_encoder"] > 0
 
 
+def test_info_tells_what_every_preset_takes(folder, capsys):
+    assert cli.main(["info", "--model", str(folder), "--preset", "small"]) == 0
+    told = capsys.readouterr().out
+    assert "preset small, for one stream" in told
+    assert "text_encoder, on the host" in told
+    assert "--preset exact: 0.00 GB, 0.00 GB once the text encoder is dropped" in told
+    assert "--preset small: 0.00 GB, and 0.00 GB on the host" in told
+    assert cli.main(["info", "--model", str(folder), "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["presets"]
+    assert plans["small"]["kv"] < plans["exact"]["kv"] == plans["fast"]["kv"]
+
+
 def test_info_says_what_is_missing(folder, capsys, tmp_path):
     torch.save({"blocks.0.attn1.to_q.weight": torch.zeros(2, 2)}, tmp_path / "model.pt")
     assert cli.main(["info", "--model", str(folder), "--checkpoint", str(tmp_path / "model.pt")]) == 2

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines.assets import shipped
 from ..world import check_prompt, pick_device, positive_integer, seed_integer
 
 if TYPE_CHECKING:
     from ...pipelines.image import ImagePipeline
 
+MODEL = "emoji"
 ORDERS = ("random", "masked", "raster")
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
 
@@ -41,7 +45,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--guidance", type=float, help="how closely to follow the words; 1 is least (default: the model's)"
     )
-    parser.add_argument("--model", default="emoji", help="a shipped model or a model's folder (default: emoji)")
+    parser.add_argument("--model", default=MODEL, help="a shipped model or a model's folder (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--seed", type=seed_integer, default=0, help="same seed, same pictures (default: 0)")
     parser.set_defaults(run=run)
@@ -85,7 +89,7 @@ def load_image(name: str, device: str) -> ImagePipeline:
     """
     torch_device = pick_device(device)
     folder = Path(name).expanduser()
-    if name != "emoji" and name.count("/") != 1 and not folder.is_dir():
+    if name != MODEL and name.count("/") != 1 and not folder.is_dir():
         raise FileNotFoundError(f"no model {name!r}: give emoji, or the path of a model's folder")
 
     from ...pipelines.image import ImagePipeline
@@ -93,6 +97,21 @@ def load_image(name: str, device: str) -> ImagePipeline:
     pipe = ImagePipeline.from_pretrained(str(folder) if folder.is_dir() else name).to(torch_device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def image_loader(device: str) -> Callable[[], ImagePipeline] | None:
+    """Loads the shipped image model when it is first wished for; None where none ships."""
+    if shipped(MODEL) is None:
+        return None
+    lock, loaded = Lock(), []
+
+    def image() -> ImagePipeline:
+        with lock:
+            if not loaded:
+                loaded.append(load_image(MODEL, device))
+        return loaded[0]
+
+    return image
 
 
 def write(pictures: Any, path: Path, scale: int) -> list[Path]:

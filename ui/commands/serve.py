@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..video import add_video_options, is_video_model, load_video
 from ..world import load_world, pick_device, positive_integer, positive_seconds
+from .image import image_loader
 
 if TYPE_CHECKING:
     import uvicorn
@@ -105,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             presets=tuple(PRESETS),
             pipeline=lambda: app.state.sessions.pipe,
             load=Swap(lambda: app.state.sessions, load),
+            image=image_loader(arguments.device),
         )
         app = create_app(load(settings.model, settings.recipe, settings.preset), settings, page=page)
         address = address_of(settings, listener.getsockname()[1])

@@ -21,6 +21,8 @@ RECIPES = {
     "speech-words": "train the model that tells how words are pronounced",
     "speech": "train the model that speaks",
     "speech-pack": "put all three into one small folder",
+    "sound-tokens": "train a generator over the codes of the audio codec",
+    "sound-infill": "train the model that fills speech in",
     "speech-evaluate": "measure whether a recogniser understands what is spoken",
 }
 USAGE = f"""usage: millstream train RECIPE ...

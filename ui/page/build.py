@@ -1,4 +1,4 @@
-"""The Gradio side of the page: one piece of HTML that the modules in `static/` bring to life, and the Generate form."""
+"""The Gradio side of the page: one piece of HTML that the modules in `static/` bring to life, and two forms."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def build_page(settings: PageSettings) -> gradio.Blocks:
     """
     gr = _gradio()
     from .generate import add_generate
+    from .image import add_image
 
     with gr.Blocks(title="millstream", analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(
@@ -55,6 +56,7 @@ def build_page(settings: PageSettings) -> gradio.Blocks:
             server_functions=_server_functions(settings),
         )
         add_generate(gr, settings)
+        add_image(gr, settings)
     page.queue(max_size=QUEUED_CLIPS, api_open=False)  # `api_open` would let calls go past the queue
     _slow_down(page)
     return page

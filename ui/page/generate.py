@@ -23,7 +23,7 @@ def add_generate(gr: Any, settings: PageSettings) -> None:
         if settings.pipeline is None:
             gr.HTML("<p class='ms-empty'>This server draws live pictures only. Clips need a model that it owns.</p>")
             return
-        with gr.Row(elem_classes="ms-generate-columns"):
+        with gr.Row(elem_classes="ms-panel-columns"):
             with gr.Column(elem_classes="ms-form", min_width=280):
                 inputs = _inputs(gr)
                 with gr.Row():
@@ -99,10 +99,10 @@ def _stopper(gr: Any, wanted: set[str]) -> Any:
     def stop(request: Any) -> None:
         wanted.discard(request.session_hash)
 
-    return _asking(gr, stop)
+    return asking(gr, stop)
 
 
-def _asking(gr: Any, function: Any) -> Any:
+def asking(gr: Any, function: Any) -> Any:
     """Gradio finds by the annotation, which needs Gradio, that `request` is who asks."""
     function.__annotations__["request"] = gr.Request
     return function
@@ -157,7 +157,7 @@ def _drawer(gr: Any, settings: PageSettings, wanted: set[str]) -> Any:
         told = f"{drawn} frames, {drawn / pipe.rate:.1f} s, drawn at {drawn / seconds:.1f} frames/s"
         return str(output), f"<p>{told}</p>", gr.DownloadButton(value=str(output), interactive=True)
 
-    return _asking(gr, draw)
+    return asking(gr, draw)
 
 
 def _given(name: str, value: float | None) -> float:

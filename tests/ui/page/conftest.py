@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -111,6 +111,31 @@ class Pictures:
 
     def end(self, state: Count) -> None:
         pass
+
+
+class Step(NamedTuple):
+    step: int
+    n_steps: int
+    preview: Callable[[], Any]
+
+
+class Painter:
+    """An image pipeline: grey until the last step, then as red as the prompt is long (10 a letter)."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self.steps = 0  # drawn so far, of all prompts
+        self.slow = 0.05
+
+    def stream(self, prompt: str, *, num_images_per_prompt: int, num_inference_steps: int, **_: Any) -> Iterator[Step]:
+        self.prompts.append(prompt)
+        for step in range(num_inference_steps):
+            time.sleep(self.slow)
+            self.steps += 1
+            last = step + 1 == num_inference_steps
+            colour = torch.tensor([10 * len(prompt) / 255, 0, 0]) if last else torch.full((3,), 0.5)
+            pictures = colour[:, None, None].expand(num_images_per_prompt, 3, 8, 8)
+            yield Step(step, num_inference_steps, lambda pictures=pictures: pictures)
 
 
 class Server:
@@ -249,9 +274,16 @@ def world() -> Pictures:
 
 
 @pytest.fixture(scope="session")
-def server(world: Pictures) -> Iterator[Server]:
+def painter() -> Painter:
+    return Painter()
+
+
+@pytest.fixture(scope="session")
+def server(world: Pictures, painter: Painter) -> Iterator[Server]:
     settings = Settings(model="pictures", max_sessions=30, grace_seconds=5.0, connects=10_000)
-    page = PageSettings(model="pictures", models=("pictures", "freedoom"), pipeline=lambda: world)
+    page = PageSettings(
+        model="pictures", models=("pictures", "freedoom"), pipeline=lambda: world, image=lambda: painter
+    )
     running = Server(world, settings, page)
     yield running
     running.close()

@@ -15,6 +15,7 @@ import { buildTouch, legend } from "./touch.js";
 import { Words } from "./words.js";
 
 const NOTICE_FOR = 6_000;
+const FORMS = ["generate", "image"]; // which Gradio draws
 
 export function start(element, server) {
   const root = element.querySelector(".ms") ?? element;
@@ -114,16 +115,18 @@ class Page {
     const live = view === "play" || view === "camera";
     this.find("#panel-live").hidden = !live;
     this.find("#panel-numbers").hidden = view !== "numbers";
-    const generate = document.getElementById("ms-generate");
-    generate.setAttribute("role", "tabpanel");
-    generate.setAttribute("aria-labelledby", "tab-generate");
-    generate.classList.toggle("shown", view === "generate");
+    for (const name of FORMS) {
+      const form = document.getElementById(`ms-${name}`);
+      form.setAttribute("role", "tabpanel");
+      form.setAttribute("aria-labelledby", `tab-${name}`);
+      form.classList.toggle("shown", view === name);
+    }
     this.view = view;
     if (live) this.enter(view);
     else if (!this.live.mode) this.enter("play");
-    // Numbers watches what runs; Generate has the model to itself.
-    if (view === "play" || view === "generate") this.camera.release();
-    if (view === "generate" && this.live.running) this.live.order("pause");
+    // Numbers watches what runs; a form has the machine to itself.
+    if (view === "play" || FORMS.includes(view)) this.camera.release();
+    if (FORMS.includes(view) && this.live.running) this.live.order("pause");
     this.listen();
     this.numbers.draw();
     this.render();
