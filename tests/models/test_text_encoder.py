@@ -22,8 +22,8 @@ def test_shape(encoder):
 @torch.no_grad()
 def test_case_and_spaces_do_not_matter(encoder):
     plain, shouted, spread = encoder.encode(["a dark maze", "A DARK Maze", "  a   dark\n maze\t"])
-    assert torch.equal(plain, shouted)
-    assert torch.equal(plain, spread)
+    assert torch.allclose(plain, shouted, atol=1e-6)  # rows of a batch may be added up in different orders
+    assert torch.allclose(plain, spread, atol=1e-6)
     assert not torch.allclose(plain, encoder.encode(["a bark maze"])[0])
 
 
