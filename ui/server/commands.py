@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,6 +13,7 @@ from .recordings import Recording
 from .seat import Seat
 from .sessions import Sessions
 
+log = logging.getLogger(__name__)
 MOST_AT_WORK = 16  # slow commands of one client that may wait at once
 
 
@@ -68,6 +70,11 @@ class Commands:
             answer = await self._slow[message.type](**message.fields)
         except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: the session has just been closed
             self._say({"type": "refused", "id": message.id, "message": str(error)})
+        except Exception:  # whatever it is, who asks gets an answer
+            log.exception("%s has failed", message.type)
+            self._say(
+                {"type": "refused", "id": message.id, "message": "the server has failed at this; its log says how"}
+            )
         else:
             self._done(message, answer)
 
@@ -147,6 +154,8 @@ async def finished(recording: Recording) -> dict[str, Any]:
     await asyncio.to_thread(recording.finish)
     if not recording.frames:
         raise ValueError(f"nothing was recorded: {recording.stopped or 'no frame was drawn'}")
+    if not recording.bytes:
+        raise ValueError(f"the recording is lost: {recording.stopped or 'its file was removed from the server'}")
     answer = {"recording": recording.id, "url": f"/recordings/{recording.id}.mp4"}
     answer |= {"seconds": recording.seconds, "bytes": recording.bytes}
     return answer | ({"stopped": recording.stopped} if recording.stopped else {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import secrets
 import shutil
 import tempfile
@@ -13,6 +15,7 @@ from threading import Lock, Thread
 from ...streaming import Bounded, Chunk, Closed, Recorder
 from .security import same
 
+log = logging.getLogger(__name__)
 WAITING_CHUNKS = 32
 LARGE_ENOUGH = 384  # pixels of height; smaller frames are enlarged by whole numbers, since players blur a thumbnail
 KEEP_SECONDS = 600.0  # how long the recordings of a session that has ended can still be fetched
@@ -47,7 +50,11 @@ class Recording:
 
     @property
     def bytes(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
+        """Of the file; 0 where there is none, or none that can be seen."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
 
     @property
     def seconds(self) -> float:
@@ -86,8 +93,8 @@ class Recording:
                 if self.bytes > self._allowance():
                     self._stop("the recordings have reached their quota")
                     break
-        except (OSError, ValueError) as error:
-            self._stop(str(error))
+        except Exception as error:
+            self._fail(error)
         finally:
             self._close(recorder)
 
@@ -104,8 +111,22 @@ class Recording:
             return
         try:
             recorder.close()
-        except OSError as error:
-            self._stop(str(error))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        log.warning("a recording has ended: %s", error)
+        self._stop(reason(error))
+
+
+def reason(error: Exception) -> str:
+    """Why a recording can't go on, in words that tell a client nothing of the server's folders."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "the server's disk is full"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
+        return "the server may not write recordings"
+    return "the server can't write recordings"
 
 
 class Recordings:
@@ -130,12 +151,16 @@ class Recordings:
         """A new recording of session `owner` (the server's own name for it); who shows `key` may fetch it.
 
         Raises:
-            ValueError: a quota is used up.
+            ValueError: a quota is used up, or the folder can't be written.
         """
         if self._left(owner) <= 0:
             raise ValueError("the recordings have reached their quota; download them and begin a new session")
         folder = self.root / owner
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning("no recording can begin: %s", error)
+            raise ValueError(f"nothing is recorded: {reason(error)}") from None
         id = secrets.token_urlsafe(16)
         recording = Recording(
             id, folder / f"{id}.mp4", rate=rate, live=live, allowance=lambda: recording.bytes + self._left(owner)
@@ -157,8 +182,8 @@ class Recordings:
         with self._lock:
             for owner, group in self._of.items():
                 for recording in group:
-                    if same(recording.id, id) and same(self._keys[owner], key) and recording.finished:
-                        return recording.path
+                    if same(recording.id, id) and same(self._keys[owner], key):
+                        return recording.path if recording.finished and recording.bytes else None
         return None
 
     def leave(self, owner: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from millstream.streaming import Recorder
 from millstream.ui.server.recordings import Recording, Recordings
 
 
@@ -209,3 +212,75 @@ def test_a_disk_that_is_too_slow_ends_the_recording_at_once(tmp_path, fake, monk
     assert time.monotonic() - start < 0.5
     assert "too slow" in recording.stopped
     recording.finish()
+
+
+def test_a_folder_that_can_not_be_written_is_said_in_a_sentence(serve, client, tmp_path):
+    blocked = tmp_path / "recordings"
+    blocked.write_text("a file stands where the folder should")
+    player = client(serve(recordings=blocked))
+    player.hello()
+    player.say("start")
+    answer = player.ask("record", on=True)
+    assert answer["type"] == "refused"
+    assert answer["message"] == "nothing is recorded: the server can't write recordings"
+    assert str(tmp_path) not in answer["message"]
+    player.shot()
+
+
+def test_a_folder_that_is_removed_costs_the_recording_alone(serve, client, tmp_path):
+    running = serve(recordings=tmp_path)
+    player = client(running)
+    secret = player.hello()["resume"]
+    player.ask("record", on=True)
+    player.say("start")
+    player.shot(lambda shot: shot.frame > 20)
+    shutil.rmtree(next(tmp_path.iterdir()))
+    answer = player.ask("record", on=False)
+    assert (answer["type"], "removed from the server" in answer["message"]) == ("refused", True)
+    frame = player.shots[-1].frame
+    player.shot(lambda shot: shot.frame > frame)
+    again = record(player, 0.2)
+    (file,) = tmp_path.rglob("*.mp4")
+    file.unlink()
+    assert httpx.get(running.http + again["url"], params={"key": secret}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the server's disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), "the server may not write recordings"),
+        (ImportError("no encoder"), "the server can't write recordings"),
+    ],
+)
+def test_what_was_recorded_before_an_error_plays(serve, client, tmp_path, monkeypatch, error, sentence):
+    class Failing(Recorder):
+        def write(self, chunk):
+            if self.frames >= 20:
+                raise error
+            super().write(chunk)
+
+    monkeypatch.setattr("millstream.ui.server.recordings.Recorder", Failing)
+    running = serve()
+    player = client(running)
+    secret = player.hello()["resume"]
+    player.ask("record", on=True)
+    player.say("start")
+    player.find(lambda message: message.get("recording", {}).get("stopped") == sentence, timeout=20)
+    frame = player.shots[-1].frame
+    player.shot(lambda shot: shot.frame > frame)
+    answer = player.ask("record", on=False)
+    assert answer["stopped"] == sentence
+    path = tmp_path / "got.mp4"
+    path.write_bytes(httpx.get(running.http + answer["url"], params={"key": secret}).content)
+    assert frames_of(path)[0] == 20
+
+
+def test_whatever_fails_is_answered(serve, client, monkeypatch):
+    running = serve()
+    player = client(running)
+    player.hello()
+    player.say("start")
+    monkeypatch.setattr(running.sessions.recordings, "begin", lambda *_, **__: 1 / 0)
+    assert "its log says how" in player.ask("record", on=True)["message"]
+    player.shot()
