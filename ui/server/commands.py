@@ -8,13 +8,17 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .protocol import Message, Refused
+from .pacing import Bucket
+from .protocol import Broken, Close, Message, Refused
 from .recordings import Recording
 from .seat import Seat
 from .sessions import Sessions
 
 log = logging.getLogger(__name__)
 MOST_AT_WORK = 16  # slow commands of one client that may wait at once
+COSTLY_PER_SECOND, COSTLY_AT_ONCE = 5, 40  # commands that take the model's time, or another's
+COSTLY_CHANGES = frozenset({"prompt", "switch", "text", "voice"})  # of a control: each is encoded anew
+PATIENCE = 200  # refusals of them; who goes on asking is no person
 
 
 class Commands:
@@ -29,6 +33,8 @@ class Commands:
     def __init__(self, seat: Seat, sessions: Sessions, say: Callable[[dict[str, Any]], None]) -> None:
         self.seat, self.sessions, self._say = seat, sessions, say
         self._at_work: set[asyncio.Task] = set()
+        self._costly = Bucket(COSTLY_PER_SECOND, COSTLY_AT_ONCE)
+        self._patience = Bucket(COSTLY_PER_SECOND, PATIENCE)
         self._quick: dict[str, Callable[..., dict[str, Any]]] = {
             "steer": self._steer,
             "start": self._start,
@@ -49,7 +55,9 @@ class Commands:
 
         Raises:
             Refused: it can't be done.
+            Broken: too much was asked for, again and again.
         """
+        self._ration(message)
         self.seat.touched = time.monotonic()
         if message.type in self._quick:
             try:
@@ -64,6 +72,16 @@ class Commands:
         task = asyncio.create_task(self._obey_slowly(message))
         self._at_work.add(task)
         task.add_done_callback(self._at_work.discard)
+
+    def _ration(self, message: Message) -> None:
+        """Nobody gets more of what is costly than a person can want."""
+        changes = COSTLY_CHANGES & message.fields.keys() if message.type == "steer" else ()
+        if not (changes or message.type in self._slow or message.type == "timeline") or self._costly.take():
+            return
+        what = ", ".join(sorted(changes)) or message.type
+        if not self._patience.take():
+            raise Broken(Close.TOO_MANY, f"more than {COSTLY_PER_SECOND} commands such as {what} a second for too long")
+        raise Refused(f"{what}: more than {COSTLY_PER_SECOND} a second; wait a moment", message.id)
 
     async def _obey_slowly(self, message: Message) -> None:
         try:
@@ -95,7 +113,7 @@ class Commands:
             raise ValueError("steer needs something to change, such as keys or prompt")
         version = self.seat.session.steer(**changes)
         if "prompt" in changes:
-            self.sessions.engine.call(self.seat.find_nearest)
+            self.sessions.engine.call(self.seat.find_nearest, self.seat)
         return {"version": version}
 
     def _start(self) -> dict[str, Any]:
@@ -117,7 +135,7 @@ class Commands:
     # Slow.
 
     async def _engine(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return await asyncio.wrap_future(self.sessions.engine.call(function))
+        return await asyncio.wrap_future(self.sessions.engine.call(function, self.seat))
 
     async def _reset(self, seed: int | None = None) -> dict[str, Any]:
         return await self._engine(lambda: self.seat.reset(seed))

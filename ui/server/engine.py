@@ -19,6 +19,7 @@ from ...streaming.threads import rest
 from .seat import Seat
 
 log = logging.getLogger(__name__)
+SHARE = 0.25  # of the engine's time that what one seat asks for between two steps may take
 TOGETHER = 0.25  # of a frame: sessions due within it of one another share a step
 
 
@@ -28,7 +29,8 @@ class Engine:
     A paced seat is due when its last step's media has played. A new one joins the beat of those that run, and one that
     fell out of step (a stream's first chunk may be shorter) waits once for the others, so that all go through the model
     together. Camera seats are due as soon as a picture is there. Every round steps each seat that is due exactly once,
-    so none can take another's turn.
+    so none can take another's turn; nor by what it asks for in between: that is done one thing a round, and then the
+    seat waits three times as long as it took.
 
     Args:
         rate: frames per second of the stream.
@@ -43,7 +45,7 @@ class Engine:
         self.follow(rate)
         self._failed = failed
         self._seats: list[Seat] = []
-        self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._calls: dict[Seat | None, deque[tuple[Callable[[], Any], Future]]] = {}
         self._changed = Condition()
         self._stopping = False
         self._nudged = False
@@ -83,10 +85,11 @@ class Engine:
         with self._changed:
             self._seats = [other for other in self._seats if other is not seat]
 
-    def call(self, function: Callable[[], Any]) -> Future:
-        """Run `function` on the engine's thread, between two steps."""
+    def call(self, function: Callable[[], Any], seat: Seat | None = None) -> Future:
+        """Run `function` on the engine's thread, between two steps. What a `seat` asked for waits for its turn."""
         future: Future = Future()
-        self._calls.append((function, future))
+        with self._changed:
+            self._calls.setdefault(seat, deque()).append((function, future))
         self.wake()
         return future
 
@@ -100,17 +103,42 @@ class Engine:
                 self.rounds += 1
                 self.step(self._take(ready))
             else:
-                self._rest(None if next_due is None else next_due - now)
-        self._run_calls()  # sessions that were closed just before the end give back what they hold
+                times = [when for when in (next_due, self._next_call()) if when is not None]
+                self._rest(min(times) - now if times else None)
+        while self._calls:  # sessions that were closed just before the end give back what they hold
+            self._run_calls(ended=True)
 
-    def _run_calls(self) -> None:
-        while self._calls:
-            function, future = self._calls.popleft()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except Exception as error:
-                    future.set_exception(error)
+    def _run_calls(self, ended: bool = False) -> None:
+        """All that the server wants, and one thing for each seat whose turn it is."""
+        now = time.monotonic()
+        with self._changed:
+            turns = [seat for seat in self._calls if seat is None or ended or seat.next_call <= now]
+        for seat in turns:
+            while self._run_call(seat) and seat is None:
+                pass
+
+    def _next_call(self) -> float | None:
+        """When the next thing that a seat asked for may be done."""
+        with self._changed:
+            return min((seat.next_call for seat in self._calls if seat is not None), default=None)
+
+    def _run_call(self, seat: Seat | None) -> bool:
+        """Run the oldest call of `seat`. Is there another?"""
+        with self._changed:
+            waiting = self._calls[seat]
+            function, future = waiting.popleft()
+            if not waiting:
+                del self._calls[seat]
+        start = time.monotonic()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        if seat is not None:
+            end = time.monotonic()
+            seat.next_call = end + (end - start) * (1 / SHARE - 1)
+        return bool(waiting)
 
     def _look(self, now: float) -> tuple[list[Seat], float | None]:
         """Seats to step now, or else when the next is due."""

@@ -85,17 +85,21 @@ class Bucket:
         self._per_second, self._burst, self._clock = per_second, burst, clock
         self._left, self._when = float(burst), clock()
 
-    def take(self) -> bool:
-        """Is there one left? Then it is taken."""
-        if self.empty:
+    def take(self, amount: float = 1) -> bool:
+        """Is so much left? Then it is taken."""
+        self._fill()
+        if self._left < amount:
             return False
-        self._left -= 1
+        self._left -= amount
         return True
 
     @property
     def empty(self) -> bool:
         """Is there none left now?"""
+        self._fill()
+        return self._left < 1
+
+    def _fill(self) -> None:
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._when) * self._per_second)
         self._when = now
-        return self._left < 1

@@ -54,6 +54,7 @@ class Seat:
         self.viewer: Viewer | None = None
         self.recording: Recording | None = None
         self.due: float | None = None
+        self.next_call = 0.0  # monotonic second from which the engine does what this seat asks for
         self.running = False
         self.frame = 0
         self.position = 0.0  # seconds of the stream that are drawn
@@ -73,15 +74,23 @@ class Seat:
     # The event loop's side.
 
     def start(self) -> None:
+        if not self.running:
+            self._rejoin()
         self.running = True
 
     def pause(self) -> None:
-        self.running, self.due = False, None
+        self.running = False
 
     def single_step(self) -> None:
-        """Stop, and draw one step more."""
-        self.pause()
+        """Stop, and draw one step more; many are drawn no faster than a stream that runs."""
+        self.running = False
+        self._rejoin()
         self._asked = min(self._asked + 1, self._stepped + MOST_STEPS_OWED)
+
+    def _rejoin(self) -> None:
+        """What was not drawn while the stream stood still is not made up for."""
+        if self.due is not None and self.due < time.monotonic():
+            self.due = None
 
     def give(self, picture: Tensor, captured: float) -> None:
         """A camera picture for the next step, taken at `captured` (client ms). The newest wins."""
@@ -120,7 +129,7 @@ class Seat:
     @property
     def paced(self) -> bool:
         """Does the clock say when to step? Else it is done as soon as it can be."""
-        return self.mode == "play" and self._asked <= self._stepped
+        return self.mode == "play"
 
     def take(self) -> Frame | None:
         """What the next step answers; called just before it."""

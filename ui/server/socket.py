@@ -41,6 +41,8 @@ from .sessions import Sessions, Wish
 from .status import status, welcome
 
 MESSAGES_PER_SECOND, MESSAGES_AT_ONCE = 300, 900
+TEXT_PER_SECOND, TEXT_AT_ONCE = 2**18, 2**20  # bytes
+PICTURES_PER_SECOND, PICTURES_AT_ONCE = 2**24, 2**26  # bytes
 log = logging.getLogger(__name__)
 AGE_SECONDS = 2.0
 
@@ -63,7 +65,11 @@ class Connection:
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._outbox = Outbox(self._send, pool, ("jpeg",), sessions.pipe.rate)
         self._commands: Commands | None = None
-        self._messages = Bucket(MESSAGES_PER_SECOND, MESSAGES_AT_ONCE)
+        self._messages = {kind: Bucket(MESSAGES_PER_SECOND, MESSAGES_AT_ONCE) for kind in (str, bytes)}
+        self._bytes = {
+            str: Bucket(TEXT_PER_SECOND, TEXT_AT_ONCE),
+            bytes: Bucket(PICTURES_PER_SECOND, PICTURES_AT_ONCE),
+        }
         self._eye: Eye | None = None
         self._ages: deque[tuple[float, float]] = deque(maxlen=256)
         self._leaving = False
@@ -199,12 +205,15 @@ class Connection:
                 message = await asyncio.wait_for(self._receive(), self.settings.silence_seconds)
             except asyncio.TimeoutError:
                 raise Broken(Close.IDLE, f"nothing heard for {self.settings.silence_seconds:g} seconds") from None
+            kind = type(message)
+            if not self._messages[kind].take():
+                raise Broken(Close.TOO_MANY, f"more than {MESSAGES_PER_SECOND} messages a second")
+            if not self._bytes[kind].take(len(message)):
+                raise Broken(Close.TOO_MANY, "more bytes a second than a live stream has")
             if isinstance(message, bytes):
                 captured, image = unpack_camera(message)
                 if self._eye is not None:
                     self._eye.see(captured, image)
-            elif not self._messages.take():
-                raise Broken(Close.TOO_MANY, f"more than {MESSAGES_PER_SECOND} messages a second")
             else:
                 self._hear(message)
 

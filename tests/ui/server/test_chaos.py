@@ -103,6 +103,51 @@ def test_who_asks_but_never_reads_is_cut_off(serve, client, witness, eventually)
     eventually(lambda: sum(seat.viewer is not None for seat in running.sessions.seats) == 1)
 
 
+def flood(hostile, messages) -> None:
+    for message in messages:
+        hostile.socket.send(message)
+        hostile.socket.ping().wait(0.5)  # so that it hears why it is closed
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "reset"},
+        {"type": "branch"},
+        {"type": "back"},
+        {"type": "record", "on": True},
+        {"type": "timeline", "entries": []},
+        {"type": "steer", "prompt": "a slime arena"},
+    ],
+)
+def test_a_flood_of_what_is_costly_is_refused_and_then_cut_off(serve, client, witness, message):
+    running = serve()
+    still_served = witness(running)
+    hostile = client(running, max_queue=None)
+    hostile.hello()
+    with pytest.raises(ConnectionClosed):
+        flood(hostile, [json.dumps({**message, "id": number}) for number in range(800)])
+    code, bye = hostile.farewell()
+    assert code == 4429
+    assert "commands such as" in bye["message"]
+    assert any("wait a moment" in heard.get("message", "") for heard in hostile.heard)
+    still_served()
+
+
+@pytest.mark.parametrize(
+    ("message", "times"), [(b"\x01" + bytes(20), 2000), (json.dumps({"type": "timeline", "id": "x" * 250_000}), 20)]
+)
+def test_a_flood_of_pictures_or_bytes_is_cut_off(serve, client, witness, message, times):
+    running = serve()
+    still_served = witness(running)
+    hostile = client(running, max_queue=None)
+    hostile.hello()
+    with pytest.raises(ConnectionClosed):
+        flood(hostile, [message] * times)
+    assert hostile.farewell()[0] == 4429
+    still_served()
+
+
 def test_half_open_sockets_hold_nothing_up(serve, witness):
     running = serve(hello_seconds=0.3)
     still_served = witness(running)

@@ -166,6 +166,37 @@ def test_what_waits_when_the_engine_ends_is_still_done(fake, engine):
     assert pipe.states == 0
 
 
+def test_who_asks_without_end_waits_for_the_others(fake, engine, eventually):
+    pipe = fake(rate=100)
+    made, _ = engine(pipe)
+    player, asking = seated(pipe, made), seated(pipe, made)
+    player.start()
+    made.wake()
+    eventually(lambda: player.frame >= 1)
+    start, frames = player.frame, []
+    for _ in range(20):
+        made.call(lambda: (time.sleep(0.02), frames.append(player.frame)), asking)
+    made.call(lambda: None).result(2)
+    assert len(frames) <= 1, "what the server itself wants doesn't stand behind them"
+    eventually(lambda: len(frames) == 20, 20)
+    assert frames[-1] - start >= 40, "the player's stream went on"
+
+
+def test_single_steps_are_no_faster_than_the_stream(fake, engine, eventually):
+    pipe = fake(rate=50)
+    made, _ = engine(pipe)
+    player, stepping = seated(pipe, made), seated(pipe, made)
+    player.start()
+    made.wake()
+    eventually(lambda: player.frame >= 1)
+    start = player.frame
+    for _ in range(100):
+        stepping.single_step()
+    made.wake()
+    eventually(lambda: stepping.frame == 32)
+    assert player.frame - start >= 30, "they were drawn together"
+
+
 def test_chunks_follow_one_another_even_when_one_is_drawn_early(fake):
     seat = Seat(fake(rate=10, frames=4), Settings(history_seconds=0), prompt="x", seed=1, mode="play")
     seat.viewer = Silent()
