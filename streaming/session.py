@@ -93,6 +93,11 @@ class Session(Generic[State, ControlT]):
             return control
 
     @property
+    def steered(self) -> bool:
+        """Is there a control that no step has read yet?"""
+        return self._unread is not None
+
+    @property
     def ended(self) -> bool:
         """Is everything said that was asked for? Never true of an endless stream; steering may go on from here."""
         ended = getattr(self.pipeline, "ended", None)

@@ -28,9 +28,11 @@ class Engine:
 
     A paced seat is due when its last step's media has played. A new one joins the beat of those that run, and one that
     fell out of step (a stream's first chunk may be shorter) waits once for the others, so that all go through the model
-    together. Camera seats are due as soon as a picture is there. Every round steps each seat that is due exactly once,
-    so none can take another's turn; nor by what it asks for in between: that is done one thing a round, and then the
-    seat waits three times as long as it took.
+    together. Alone, a seat that has just been steered is stepped at once, though never more than one step ahead of its
+    time: the picture comes sooner, the rate stays. Camera seats are due as soon as a picture is there.
+
+    Every round steps each seat that is due exactly once, so none can take another's turn; nor by what it asks for in
+    between: that is done one thing a round, and then the seat waits three times as long as it took.
 
     Args:
         rate: frames per second of the stream.
@@ -147,7 +149,8 @@ class Engine:
         beat = min((seat.due for seat in paced if seat.due is not None and seat.due > now), default=now)
         for seat in paced:
             seat.due = beat if seat.due is None else seat.due
-        ready = [seat for seat in waiting if not seat.paced or (seat.due or 0) <= now]
+        hurried = [seat for seat in paced if len(paced) == 1 and seat.hurried(now)]
+        ready = [seat for seat in waiting if not seat.paced or (seat.due or 0) <= now or seat in hurried]
         if not ready:
             return [], min((seat.due for seat in paced if seat.due is not None), default=None)
         soon = [seat for seat in paced if seat not in ready and (seat.due or 0) <= now + self._slack]

@@ -131,6 +131,11 @@ class Seat:
         """Does the clock say when to step? Else it is done as soon as it can be."""
         return self.mode == "play"
 
+    def hurried(self, now: float) -> bool:
+        """Would a step before its time show a new control sooner? (Of several pictures each waits its turn.)"""
+        ahead = 0.0 if self.due is None else self.due - now
+        return self.session.steered and ahead <= self.step_seconds <= 1.5 / self.pipe.rate
+
     def take(self) -> Frame | None:
         """What the next step answers; called just before it."""
         self._stepped += self._asked > self._stepped

@@ -166,6 +166,37 @@ def test_what_waits_when_the_engine_ends_is_still_done(fake, engine):
     assert pipe.states == 0
 
 
+def test_a_control_is_answered_at_once_and_only_one_step_ahead_of_time(fake, engine, eventually):
+    pipe = fake(rate=0.5)
+    made, _ = engine(pipe)
+    seat = seated(pipe, made)
+    seat.start()
+    made.wake()
+    eventually(lambda: seat.frame == 1)
+    seat.session.steer(keys=["KeyW"])
+    made.wake()
+    eventually(lambda: seat.frame == 2)
+    assert seat.due - time.monotonic() > seat.step_seconds, "it was drawn before its time, which stays as it was"
+    seat.session.steer(keys=[])
+    made.call(lambda: None).result(2)
+    made.call(lambda: None).result(2)
+    assert (seat.frame, pipe.batches) == (2, [1, 1])
+
+
+def test_players_who_share_a_step_keep_their_beat(fake, engine, eventually):
+    pipe = fake(rate=0.5)
+    made, _ = engine(pipe)
+    seats = [seated(pipe, made), seated(pipe, made)]
+    for seat in seats:
+        seat.start()
+    made.wake()
+    eventually(lambda: all(seat.frame == 1 for seat in seats))
+    seats[0].session.steer(keys=["KeyW"])
+    made.call(lambda: None).result(2)
+    made.call(lambda: None).result(2)
+    assert [seat.frame for seat in seats] == [1, 1]
+
+
 def test_who_asks_without_end_waits_for_the_others(fake, engine, eventually):
     pipe = fake(rate=100)
     made, _ = engine(pipe)
