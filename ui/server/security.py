@@ -19,6 +19,7 @@ from .pacing import Bucket
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_COOKIE = "millstream_token"
@@ -27,8 +28,11 @@ REMEMBERED_ADDRESSES = 4096
 GUESSES = 60  # wrong tokens that one address may try at once, and the same again every minute
 LOGIN = b"""<!doctype html><meta name=viewport content="width=device-width"><title>millstream</title>
 <body style="font:16px system-ui;max-width:24em;margin:20vh auto;padding:0 1em">
-<form action="./"><p>WHY</p>
-<input name=token type=password autofocus style="font:inherit;width:100%"></form>"""
+<form action="./" method=post><p>WHY</p>
+<input name=token type=password autofocus autocomplete=current-password aria-label=Token required
+style="font:inherit;width:100%"></form>"""
+TOO_OFTEN = b"Too many wrong tokens came from your address. Try again in a minute."
+LOGIN_BYTES = 2048  # of a form that holds nothing but the token
 
 
 def is_loopback(host: str) -> bool:
@@ -67,7 +71,8 @@ def same(secret: str, given: str | None) -> bool:
 class Gate:
     """ASGI middleware around the whole app: foreign hosts, foreign origins and strangers get no further.
 
-    The token comes as `?token=`, as a cookie (set by the first visit with `?token=`), or in an Authorization header.
+    The token comes as `?token=`, from the form that a stranger is shown, as the cookie that either of them sets, or in
+    an Authorization header.
     A socket may also send it in its first message, so sockets pass here and are asked at their own door.
     """
 
@@ -78,24 +83,43 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        from starlette.responses import PlainTextResponse, RedirectResponse, Response
+        from starlette.responses import PlainTextResponse
 
         headers = headers_of(scope)
         if not host_allowed(headers, self.settings):
             answer: Response = PlainTextResponse(f"this server is not {headers.get('host', '')!r}\n", 421)
         elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and not origin_allowed(headers, self.settings):
             answer = PlainTextResponse("this page may not send anything here\n", 403)
+        elif self.settings.token and scope["method"] == "POST" and scope["path"] == "/":
+            answer = self._login(scope, await _form_token(receive))
         elif scope["path"] != "/health" and (why := self._stranger(scope)):
-            answer = Response(LOGIN.replace(b"WHY", why), 401, {"cache-control": "no-store"}, "text/html")
+            answer = _login_page(why)
         elif self.settings.token and "token" in query_of(scope) and scope["path"] == "/":
             # so that the token doesn't stay in the address bar, the history and the Referer header
             rest = urlencode({name: value for name, value in query_of(scope).items() if name != "token"})
-            answer = RedirectResponse("./" + (f"?{rest}" if rest else ""), 303)  # a proxy may serve us below a path
-            secure = scope["scheme"] == "https"
-            answer.set_cookie(TOKEN_COOKIE, self.settings.token, httponly=True, samesite="lax", secure=secure)
+            answer = self._welcomed(scope, "./" + (f"?{rest}" if rest else ""))  # a proxy may serve us below a path
         else:
             return await self.app(scope, receive, self._framed(send))
         await answer(scope, receive, send)
+
+    def _login(self, scope: Scope, given: str) -> Response:
+        """The answer to the form."""
+        address = scope["client"][0] if scope.get("client") else ""
+        if self._guesses.blocks(address):
+            return _login_page(TOO_OFTEN)
+        if self.settings.token is not None and same(self.settings.token, given):
+            return self._welcomed(scope, "./")
+        self._guesses.admits(address)
+        return _login_page(b"That is not the token. The server printed it when it started.")
+
+    def _welcomed(self, scope: Scope, where: str) -> Response:
+        """On to the page, with the token in a cookie that no script and no other site can use."""
+        from starlette.responses import RedirectResponse
+
+        answer = RedirectResponse(where, 303, {"cache-control": "no-store", "referrer-policy": "no-referrer"})
+        secure = scope["scheme"] == "https"
+        answer.set_cookie(TOKEN_COOKIE, self.settings.token or "", httponly=True, samesite="strict", secure=secure)
+        return answer
 
     def _stranger(self, scope: Scope) -> bytes:
         """Why this request goes no further; nothing if it brings the token. Who guesses too often isn't listened to."""
@@ -104,7 +128,7 @@ class Gate:
         if self.settings.token is None:
             return b""
         if given and self._guesses.blocks(address):
-            return b"Too many wrong tokens came from your address. Try again in a minute."
+            return TOO_OFTEN
         if token_given(scope, self.settings):
             return b""
         if given:
@@ -122,6 +146,25 @@ class Gate:
             await send(message)
 
         return sending
+
+
+def _login_page(why: bytes) -> Response:
+    from starlette.responses import Response
+
+    headers = {"cache-control": "no-store", "content-security-policy": "frame-ancestors 'none'"}
+    return Response(LOGIN.replace(b"WHY", why), 401, headers, "text/html")
+
+
+async def _form_token(receive: Receive) -> str:
+    """The token in the body of a form; nothing of a body that is longer than such a form."""
+    body, more = b"", True
+    while more and len(body) <= LOGIN_BYTES:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    if len(body) > LOGIN_BYTES:
+        return ""
+    return parse_qs(body.decode("latin-1")).get("token", [""])[-1]
 
 
 def headers_of(scope: Scope) -> dict[str, str]:

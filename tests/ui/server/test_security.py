@@ -80,6 +80,33 @@ def test_the_token_moves_from_the_address_into_a_cookie(serve):
         assert browser.get(f"{running.http}/metrics").status_code == 200
 
 
+def test_the_page_asks_for_the_token_and_keeps_it_from_scripts_and_addresses(serve):
+    running = serve(token=TOKEN)
+    with httpx.Client(follow_redirects=True) as browser:
+        asked = browser.get(running.http)
+        assert (asked.status_code, "<form" in asked.text, "method=post" in asked.text) == (401, True, True)
+        wrong = browser.post(running.http, data={"token": TOKEN[:-1]})
+        assert (wrong.status_code, "not the token" in wrong.text) == (401, True)
+        page = browser.post(running.http, data={"token": TOKEN})
+        assert (page.status_code, str(page.url).rstrip("/")) == (200, running.http)
+        cookie = page.history[0].headers["set-cookie"].lower()
+        assert "httponly" in cookie
+        assert "samesite=strict" in cookie
+        assert browser.get(f"{running.http}/metrics").status_code == 200
+
+
+def test_the_form_counts_guesses_and_is_not_open_to_other_sites(serve, monkeypatch):
+    monkeypatch.setattr(security, "GUESSES", 3)
+    running = serve(token=TOKEN)
+    evil = {"origin": "http://evil.example"}
+    assert httpx.post(running.http, data={"token": TOKEN}, headers=evil).status_code == 403
+    assert httpx.post(running.http, data={"token": "x" * 10_000}).status_code == 401
+    for _ in range(2):
+        assert httpx.post(running.http, data={"token": "guess"}).status_code == 401
+    late = httpx.post(running.http, data={"token": TOKEN})
+    assert (late.status_code, "Too many wrong tokens" in late.text) == (401, True)
+
+
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "", "http://[::1"])
 def test_a_page_of_another_origin_is_refused(serve, client, origin):
     assert client(serve(), additional_headers={"origin": origin}).farewell()[0] == 4403
