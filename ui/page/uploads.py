@@ -20,6 +20,8 @@ MAX_BYTES = 64 << 20
 MAX_SIDE = 4096
 MAX_SECONDS = 60.0
 MAX_RATE = 240.0  # frames per second; a file may claim any number, and with it hide how many it has
+MAX_VIDEO_PIXELS = 60 * 60 * 1920 * 1080  # of all frames that are decoded: a minute of full HD at 60 frames/s
+MAX_SCANS = 64  # of a JPEG; each takes as long to decode as the whole, and millions fit into a file
 
 _IMAGES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 _MATROSKA = b"\x1a\x45\xdf\xa3"
@@ -47,6 +49,8 @@ def read_pictures(path: Path, *, size: tuple[int, int], rate: float, most: int) 
     image = next((kind for magic, kind in _IMAGES.items() if start.startswith(magic)), None)
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         image = "WEBP"
+    if image == "JPEG" and path.read_bytes().count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"the image is a JPEG of more than {MAX_SCANS} scans; save it anew")
     if image is not None:
         return [_fit(_read_image(path, image), size)]
     if start[4:8] != b"ftyp" and not start.startswith(_MATROSKA):
@@ -80,15 +84,24 @@ def _read_video(path: Path, rate: float) -> Iterator[np.ndarray]:
         if not capture.isOpened():
             raise ValueError("the video can't be read; convert it to MP4 (H.264)")
         _check_side(capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-        own_rate = min(capture.get(cv2.CAP_PROP_FPS) or rate, MAX_RATE)
+        told = capture.get(cv2.CAP_PROP_FPS)
+        own_rate = min(told, MAX_RATE) if told > 0 else rate
         index = taken = 0
+        shape: tuple[int, ...] | None = None
         while capture.grab():
             if index / own_rate > MAX_SECONDS:
                 raise ValueError(f"the video is longer than {MAX_SECONDS:g} seconds; cut it shorter")
             if index / own_rate >= taken / rate:
                 taken += 1
-                yield cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
+                _, picture = capture.retrieve()
+                _check_side(picture.shape[1], picture.shape[0])
+                shape = shape or picture.shape
+                if picture.shape != shape:
+                    raise ValueError("the video changes its size on the way; convert it to MP4 (H.264)")
+                yield cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
             index += 1
+            if shape is not None and index * shape[0] * shape[1] > MAX_VIDEO_PIXELS:
+                raise ValueError("the video has more pixels than a minute of full HD; make it smaller or shorter")
     finally:
         capture.release()
 

@@ -215,3 +215,61 @@ def test_gradio_looks_for_clips_now_and_then_and_not_a_thousand_times_a_second()
     queue = build_page(PageSettings(model="x"))._queue
     assert queue.sleep_when_free >= 0.05
     assert queue.progress_update_sleep_when_free >= 0.05
+
+
+class Lies:
+    """A video whose header says what it likes, for ever."""
+
+    def __init__(self, rate: float, shapes: list[tuple[int, int]]) -> None:
+        self.rate, self.shapes, self.grabbed = rate, shapes, 0
+
+    def isOpened(self) -> bool:
+        return True
+
+    def get(self, what: int) -> float:
+        import cv2
+
+        return self.rate if what == cv2.CAP_PROP_FPS else 16.0
+
+    def grab(self) -> bool:
+        self.grabbed += 1
+        assert self.grabbed < 20_000, "it is read for ever"
+        return True
+
+    def retrieve(self) -> tuple[bool, np.ndarray]:
+        height, width = self.shapes[min(self.grabbed, len(self.shapes)) - 1]
+        return True, np.zeros((height, width, 3), np.uint8)
+
+    def release(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("rate", "shapes", "message"),
+    [
+        (-1.0, [(16, 16)], "longer than 60 seconds"),
+        (float("nan"), [(16, 16)], "longer than 60 seconds"),
+        (1e9, [(16, 16)], "longer than 60 seconds"),
+        (240.0, [(2160, 3840)], "more pixels than a minute of full HD"),
+        (25.0, [(16, 16), (16, 16), (64, 64)], "changes its size"),
+        (25.0, [(16, 8192)], "at most 4096"),
+    ],
+)
+def test_a_video_is_measured_by_what_is_read_of_it(tmp_path, monkeypatch, rate, shapes, message) -> None:
+    video = tmp_path / "lies.mp4"
+    video.write_bytes(b"\0\0\0\x18ftypisom")
+    lies = Lies(rate, shapes)
+    monkeypatch.setattr("cv2.VideoCapture", lambda path: lies)
+    with pytest.raises(ValueError, match=message):
+        read_pictures(video, size=SIZE, rate=1, most=2)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.jpg"
+    Image.new("RGB", (64, 48)).save(plain, progressive=True)
+    assert len(read_pictures(plain, size=SIZE, rate=25, most=1)) == 1
+    data = plain.read_bytes()
+    bomb = tmp_path / "bomb.jpg"
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    bomb.write_bytes(data[:-2] + scan * 1000 + data[-2:])
+    with pytest.raises(ValueError, match="more than 64 scans"):
+        read_pictures(bomb, size=SIZE, rate=25, most=1)
