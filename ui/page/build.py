@@ -81,7 +81,7 @@ def mount_page(app: fastapi.FastAPI, settings: PageSettings) -> fastapi.FastAPI:
     from .uploads import MAX_BYTES
 
     app.mount(STATIC_PATH, StaticFiles(directory=STATIC), name="page")
-    app.add_middleware(Narrow)
+    app.add_middleware(Narrow, folder=Path(gr.utils.get_upload_folder()))
     return gr.mount_gradio_app(
         app,
         build_page(settings),

@@ -6,6 +6,8 @@ past its queue. None of that is wanted here, and it would answer to anybody whom
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .uploads import MAX_BYTES
@@ -19,6 +21,7 @@ OPEN_BELOW = ("call/", "heartbeat/", "queue/")
 FILE = "file="
 WORDS_BYTES = 2**20  # of a request that is no upload
 UPLOAD_BYTES = MAX_BYTES + WORDS_BYTES  # all files of one request
+KEPT_BYTES = 2**30  # all uploads and clips that Gradio keeps for an hour
 
 
 class TooLarge(Exception):
@@ -28,11 +31,13 @@ class TooLarge(Exception):
 class Narrow:
     """ASGI middleware: 404 for routes of Gradio that nobody needs, 413 for bodies over the limit.
 
-    A body is counted while it comes, since its length may be told wrongly or not at all.
+    A body is counted while it comes, since its length may be told wrongly or not at all. No upload is taken that could
+    make the `folder` of uploads larger than `KEPT_BYTES` (507).
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, folder: Path | None = None) -> None:
+        self.app, self.folder = app, folder
+        self._coming = 0  # uploads that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,10 +46,14 @@ class Narrow:
 
         if not is_open(scope["path"]):
             return await PlainTextResponse("not served here\n", 404)(scope, receive, send)
-        limit = UPLOAD_BYTES if scope["path"].rstrip("/") == f"{API}/upload" else WORDS_BYTES
+        uploading = scope["path"].rstrip("/") == f"{API}/upload"
+        limit = UPLOAD_BYTES if uploading else WORDS_BYTES
         too_large = PlainTextResponse(f"at most {limit:,} bytes may be sent here\n", 413)
         if told_length(scope) > limit:
             return await too_large(scope, receive, send)
+        if uploading and size_of(self.folder) + (self._coming + 1) * UPLOAD_BYTES > KEPT_BYTES:
+            full = "this server keeps no more uploads now; those of an hour ago go by themselves\n"
+            return await PlainTextResponse(full, 507)(scope, receive, send)
         taken, begun = 0, False
 
         async def counted() -> Message:
@@ -60,11 +69,23 @@ class Narrow:
             begun = True
             await send(message)
 
+        self._coming += uploading
         try:
             await self.app(scope, counted, noted)
         except TooLarge:
             if not begun:
                 await too_large(scope, receive, send)
+        finally:
+            self._coming -= uploading
+
+
+def size_of(folder: Path | None) -> int:
+    """Bytes of all files in it; what goes meanwhile counts nothing."""
+    total = 0
+    for path in folder.rglob("*") if folder is not None else ():
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def is_open(path: str) -> bool:

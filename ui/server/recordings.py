@@ -16,6 +16,7 @@ from ...streaming import Bounded, Chunk, Closed, Recorder
 from .security import same
 
 log = logging.getLogger(__name__)
+FREE_BYTES = 2**28  # that recordings leave on the disk
 WAITING_CHUNKS = 32
 LARGE_ENOUGH = 384  # pixels of height; smaller frames are enlarged by whole numbers, since players blur a thumbnail
 KEEP_SECONDS = 600.0  # how long the recordings of a session that has ended can still be fetched
@@ -134,7 +135,7 @@ class Recordings:
 
     Args:
         root: a folder that keeps them; None makes a temporary one, which `close` deletes.
-        per_session, total: quotas in bytes; the total holds from `Recordings` made to closed, whoever has left.
+        per_session, total: quotas in bytes. The total holds whoever has left, for what a kept folder held before, too.
     """
 
     def __init__(self, root: Path | None, per_session: int, total: int) -> None:
@@ -144,7 +145,8 @@ class Recordings:
         self._of: dict[str, list[Recording]] = {}  # by session
         self._keys: dict[str, str] = {}
         self._leaving: dict[str, float] = {}
-        self._kept = 0  # bytes of files that stay after their session is forgotten
+        # bytes of files that stay after their session is forgotten
+        self._kept = 0 if self._temporary else sum(path.stat().st_size for path in self.root.rglob("*.mp4"))
         self._lock = Lock()
 
     def begin(self, owner: str, key: str, *, rate: float, live: bool) -> Recording:
@@ -153,6 +155,8 @@ class Recordings:
         Raises:
             ValueError: a quota is used up, or the folder can't be written.
         """
+        while self._left(owner) <= 0 and self._forget_oldest():
+            pass
         if self._left(owner) <= 0:
             raise ValueError("the recordings have reached their quota; download them and begin a new session")
         folder = self.root / owner
@@ -174,7 +178,24 @@ class Recordings:
         with self._lock:
             sizes = {name: sum(each.bytes for each in group) for name, group in self._of.items()}
             used = self._kept + sum(sizes.values())
-        return min(self.per_session - sizes.get(owner, 0), self.total - used)
+        return min(self.per_session - sizes.get(owner, 0), self.total - used, self._free() - FREE_BYTES)
+
+    def _free(self) -> int:
+        """Bytes left on the disk; as many as may be where nobody can tell, since writing will."""
+        try:
+            return shutil.disk_usage(self.root).free
+        except OSError:
+            return self.total + FREE_BYTES
+
+    def _forget_oldest(self) -> bool:
+        """Make room: those of the session that ended first go before their time. Is there such a session?"""
+        with self._lock:
+            oldest = min(self._leaving, key=lambda owner: self._leaving[owner], default=None)
+            if oldest is None or not self._temporary:
+                return False
+            self._leaving[oldest] = 0.0
+        self.sweep()
+        return True
 
     def fetch(self, id: str, key: str) -> Path | None:
         """The finished file `id` for who knows its session's key. Ids are compared with those that were made, and

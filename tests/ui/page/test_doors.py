@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from millstream.ui.page import PageSettings
+from millstream.ui.page import PageSettings, narrow
 from millstream.ui.page.narrow import UPLOAD_BYTES, WORDS_BYTES, Narrow
 from millstream.ui.server.settings import Settings
 
@@ -75,6 +75,30 @@ def test_a_body_that_does_not_say_how_long_it_is_is_counted(run_async: Any) -> N
     run_async(Narrow(app)(scope, receive, send))
     assert sent[0]["status"] == 413
     assert sum(map(len, kept)) <= WORDS_BYTES
+
+
+def test_uploads_fill_no_disk(run_async: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(narrow, "KEPT_BYTES", UPLOAD_BYTES + 1000)
+    taken, sent = [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        taken.append(scope["path"])
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": []}
+    guarded = Narrow(app, tmp_path)
+    run_async(guarded(scope, None, send))
+    assert (len(taken), sent) == (1, [])
+    (tmp_path / "hash").mkdir()
+    (tmp_path / "hash" / "video.mp4").write_bytes(bytes(1001))
+    run_async(guarded(scope, None, send))
+    assert (len(taken), sent[0]["status"]) == (1, 507)
+    assert b"no more uploads now" in sent[1]["body"]
+    (tmp_path / "hash" / "video.mp4").unlink()
+    run_async(guarded(scope, None, send))
+    assert len(taken) == 2
 
 
 def generate(site: str, **changes: Any) -> str:

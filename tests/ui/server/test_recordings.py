@@ -284,3 +284,41 @@ def test_whatever_fails_is_answered(serve, client, monkeypatch):
     monkeypatch.setattr(running.sessions.recordings, "begin", lambda *_, **__: 1 / 0)
     assert "its log says how" in player.ask("record", on=True)["message"]
     player.shot()
+
+
+def finished(recordings, owner, fake):
+    from millstream.streaming import WorldControl
+
+    recording = recordings.begin(owner, "key", rate=20, live=False)
+    pipe = fake()
+    recording.write(pipe.advance([pipe.begin(WorldControl("x"))], [WorldControl("x")], [None])[0][0])
+    recording.finish()
+    return recording
+
+
+def test_the_oldest_of_those_who_left_make_room(fake):
+    recordings = Recordings(None, 10**6, 500)
+    old = finished(recordings, "old", fake)
+    with pytest.raises(ValueError, match="quota"):
+        recordings.begin("new", "key", rate=20, live=False)
+    recordings.leave("old")
+    recordings.begin("new", "key", rate=20, live=False).finish()
+    assert not old.path.exists()
+    recordings.close()
+
+
+def test_what_a_folder_held_before_counts(tmp_path):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "a.mp4").write_bytes(bytes(600))
+    recordings = Recordings(tmp_path, 10**6, 500)
+    with pytest.raises(ValueError, match="quota"):
+        recordings.begin("new", "key", rate=20, live=False)
+    recordings.close()
+
+
+def test_recordings_leave_room_on_the_disk(monkeypatch):
+    monkeypatch.setattr("millstream.ui.server.recordings.FREE_BYTES", 2**60)
+    recordings = Recordings(None, 10**6, 10**6)
+    with pytest.raises(ValueError, match="quota"):
+        recordings.begin("new", "key", rate=20, live=False)
+    recordings.close()
