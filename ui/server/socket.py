@@ -25,16 +25,7 @@ from .contract import Picture, Saved
 from .eye import Eye
 from .outbox import Outbox
 from .pacing import Bucket
-from .protocol import (
-    PROTOCOL,
-    Broken,
-    Close,
-    Message,
-    Refused,
-    pack_audio,
-    parse,
-    unpack_camera,
-)
+from .protocol import PROTOCOL, Broken, Close, Message, Refused, pack_audio, parse, unpack_camera
 from .seat import Seat
 from .security import same
 from .sessions import Sessions, Wish
