@@ -13,7 +13,8 @@ the host and ends as pixels on the host. Variants:
 
 `--quick` compiles in mode "reduce-overhead" (ours: "default") instead of tuning, and leaves out the compiled parts.
 Before anything is timed the picture of every variant is compared with the eager one; `error` is the mean difference in
-steps of a byte, `spread` the deviation of the picture itself.
+steps of a byte, `spread` the deviation of the picture itself. A variant that is off by more than a twentieth of the
+spread is not timed. What is measured is written to `--out` after every variant, so a run may be cut off.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device)}
-    variants = measure_all(plan(device, quick=arguments.quick), arguments.seconds, after=forget)
-    report["variants"], report["goal"] = variants, goal(variants)
-    publish(report, arguments.out)
+
+    def keep(variants: dict[str, dict[str, Any]], *, printed: bool = False) -> None:
+        publish({**report, "variants": variants, "goal": goal(variants)}, arguments.out, printed=printed)
+
+    variants = measure_all(plan(device, quick=arguments.quick), arguments.seconds, after=forget, keep=keep)
+    keep(variants, printed=True)
 
 
 def plan(device: torch.device, *, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -93,12 +97,15 @@ def measure(device: torch.device, make: Callable[[Any], Draw]) -> dict[str, Any]
     wanted = whole(pipe, mode=None)(frames[1])
     draw = make(pipe)
     start = time.perf_counter()
-    for _ in range(12):  # compiles, tunes, records
+    for number in range(12):  # compiles, tunes, records
         draw(frames[0])
+        print(f"#   warm-up {number + 1} of 12: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     ready = time.perf_counter() - start
     draw(frames[1])
     error = float((draw(frames[1]) - wanted).abs().mean() * 255)  # an overlapped frame comes one call later
     spread = float(wanted.std() * 255)
+    if not error <= max(0.5, spread / 20):
+        raise ArithmeticError(f"the picture is off by {error:.2f} steps of a byte, where it varies by {spread:.1f}")
     times = list(timed(draw, frames, 3 if device.type == "cuda" else 1))
     return {
         "frames_per_second": round(len(times) / sum(times), 1),

@@ -21,17 +21,18 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.text_encoder import ByteTextEncoder
+from ..models.text_encoder import PADDING, ByteTextEncoder
 from ..models.token_transformer import TokenTransformer
 from ..models.vq_codec import VQAutoencoder
 from .emoji_codec import encode_all
 from .emoji_data import Emojis
-from .emoji_words import phrase
+from .emoji_words import core, frame
 from .trainer import Batch, Budget, Trainer, add_budget, budget_from
 
 TrainedKind = Literal["two_pass", "masked"]
 
-PHRASES = 256  # of each picture
+CORES = 64  # of each picture
+FRAMES = 1 << 14  # that cores are put in
 UNPROMPTED = 0.1
 RASTER = 0.1  # share of rows learnt from the first place to the last, which random orders hardly ever are
 
@@ -82,7 +83,7 @@ def random_orders(tokens: Tensor) -> Tensor:
 
 
 class Captions:
-    """Draws batches of picture tokens with phrasings."""
+    """Draws batches of picture tokens with phrasings: names and keywords, put among idle words anew each time."""
 
     def __init__(self, tokens: Tensor, emojis: Emojis, tokenizer: ByteTextEncoder, batch_size: int) -> None:
         device = tokens.device
@@ -91,22 +92,53 @@ class Captions:
         chance = random.Random(0)
         ids = [
             # Keywords name no skin tone, so they mean the picture without one.
-            tokenizer.tokenize([phrase(name, () if toned else keywords, chance) for _ in range(PHRASES)]).short()
+            tokenizer.tokenize([core(name, () if toned else keywords, chance) for _ in range(CORES)]).short()
             for name, keywords, toned in zip(emojis.names, emojis.keywords, emojis.toned.tolist())
         ]
-        self.prompts = torch.stack(ids).to(device)
+        self.cores = torch.stack(ids).to(device)
+        known = sorted({word for name in emojis.names for word in name.lower().split() if len(word) > 2})
+        frames = [tokenizer.tokenize(side).short() for side in zip(*(frame(chance, known) for _ in range(FRAMES)))]
+        self.before, self.after = (side.to(device) for side in frames)
         self.silence = tokenizer.tokenize([""])[0].to(device)
 
     def __call__(self) -> Batch:
         size, device = self.batch_size, self.tokens.device
         picture = torch.multinomial(self.weights, size, replacement=True)
-        prompts = self.prompts[picture, torch.randint(PHRASES, (size,), device=device)].long()
         silent = torch.rand(size, device=device) < UNPROMPTED
         return {
             "tokens": self.tokens[picture],
-            "prompts": torch.where(silent[:, None], self.silence, prompts),
+            "prompts": torch.where(silent[:, None], self.silence, self.prompts(picture)),
             "pictures": picture.masked_fill(silent, -1),
         }
+
+    def prompts(self, picture: Tensor) -> Tensor:
+        """A phrasing of each picture [B] as bytes [B, L]."""
+        row = torch.randint(FRAMES, (len(picture),), device=picture.device)
+        cores = self.cores[picture, torch.randint(CORES, (len(picture),), device=picture.device)]
+        return joined([self.before[row], cores, self.after[row]])
+
+    @torch.no_grad()
+    def meanings(self, encoder: ByteTextEncoder, phrasings: int = 8) -> Tensor:
+        """Where `encoder` puts each picture's phrasings on the average [N, dim]."""
+        pictures = torch.arange(len(self.cores), device=self.cores.device)
+        parts = [
+            sum(encoder.summary(encoder(self.prompts(part))) for _ in range(phrasings)) for part in pictures.split(256)
+        ]
+        return F.normalize(torch.cat([torch.as_tensor(part) for part in parts]), dim=-1)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Texts as `tokenize` gives them [B, L], one after the other with single spaces: int64 [B, L]."""
+    text = torch.cat([part.long() for part in parts], dim=1)
+    space = text == ord(" ")
+    gap = text == PADDING
+    # Every text begins and ends with a space: of two with nothing but padding between them the second goes.
+    last = torch.where(gap, -1, torch.arange(text.shape[1], device=text.device)).cummax(dim=1).values.roll(1, dims=1)
+    last[:, 0] = -1
+    doubled = space & (last >= 0) & space.gather(1, last.clamp_min(0))
+    gone = gap | doubled
+    order = gone.long().argsort(dim=1, stable=True)
+    return text.masked_fill(gone, PADDING).gather(1, order)[:, : parts[0].shape[1]]
 
 
 def emoji_transformer(
@@ -159,8 +191,11 @@ def train(
     objective = TokenObjective(transformer, text_encoder, len(emojis.names))
     if accelerator.device.type == "cuda":
         objective.forward = torch.compile(objective.forward)
+    captions = Captions(tokens, emojis, text_encoder, batch_size)
+    if start is not None:  # the head was not kept; a random one would unteach the encoder
+        objective.to(accelerator.device).prototypes.data = captions.meanings(text_encoder)
     trainer = Trainer(objective, budget, out, accelerator)
-    trainer.fit(Captions(tokens, emojis, text_encoder, batch_size), title="emoji")
+    trainer.fit(captions, title="emoji")
     if accelerator.is_main_process:
         transformer.save_pretrained(out / "transformer")
         text_encoder.save_pretrained(out / "text_encoder")

@@ -21,7 +21,17 @@ from millstream.pipelines.image import ImagePipeline
 from millstream.training import emoji, emoji_codec, emoji_data, emoji_evaluate, emoji_pack
 from millstream.training.emoji_data import Emojis
 from millstream.training.emoji_recognizer import accuracy, train_recognizer
-from millstream.training.emoji_words import UNSEEN, phrase, seen_pairs, unseen_pairs, unseen_phrase, with_article
+from millstream.training.emoji_words import (
+    FILLERS,
+    SEEN,
+    UNSEEN,
+    frame,
+    phrase,
+    seen_pairs,
+    unseen_pairs,
+    unseen_phrase,
+    with_article,
+)
 from millstream.training.trainer import Budget
 
 COLOURS = {
@@ -114,7 +124,7 @@ def test_held_out_phrasings_are_never_trained_on() -> None:
     keywords = ("apple", "fruit", "red", "food", "sweet")
     chance = random.Random(0)
     trained = {phrase("red apple", keywords, chance) for _ in range(3000)}
-    held_out = {unseen_phrase("red apple", keywords, chance) for _ in range(100)}
+    held_out = {unseen_phrase("red apple", chance) for _ in range(100)}
     assert len(trained) > 30
     assert not trained & held_out
     assert len(held_out) == len(UNSEEN)
@@ -123,6 +133,29 @@ def test_held_out_phrasings_are_never_trained_on() -> None:
     for first, second in unseen_pairs(keywords):
         for joint in (" ", ", ", " and "):
             assert not {f"{first}{joint}{second}", f"{second}{joint}{first}"} & trained
+
+
+def test_every_held_out_sentence_has_words_that_training_lacks() -> None:
+    trained = {word.strip(",") for pair in SEEN for side in pair for word in side.split()} | set(FILLERS)
+    for sentence in UNSEEN:
+        words = set(sentence.format(name="", a_name="").replace(",", "").replace("?", "").split())
+        assert words - trained, sentence
+
+
+def test_prompts_are_joined_as_if_they_were_one_text() -> None:
+    encoder = ByteTextEncoder(dim=8, tokens=1, layers=1, heads=1, max_bytes=24)
+    rows = [("", "", ""), ("", "red apple", ""), ("draw a", "red apple", "now!"), ("x" * 20, "red apple", "")]
+    sides = [encoder.tokenize(list(side)) for side in zip(*rows)]
+    wanted = encoder.tokenize([" ".join(row) for row in rows])
+    wanted[0, 1:] = 256  # nothing at all becomes one space
+    assert torch.equal(emoji.joined(sides), wanted)
+
+
+def test_idle_words_may_hold_a_name_but_are_none() -> None:
+    chance = random.Random(0)
+    words = {word for _ in range(500) for side in frame(chance, ["dragon"]) for word in side.split()}
+    assert any("dragon" in word for word in words)
+    assert "dragon" not in words
 
 
 def test_articles() -> None:
@@ -165,7 +198,7 @@ def test_the_recipe_ends_in_a_model_that_draws_what_it_is_told(tmp_path: Path, o
     torch.manual_seed(0)
     codec = VQAutoencoder(16, 32, 8, (8, 16), (1, 1), (1, 1))
     codec.save_pretrained(tmp_path / "codec")
-    budget = Budget(5.0, 100, 6e-3, weight_decay=0.0, warmup_steps=10, ema_decay=0.9, muon_scale=0)
+    budget = Budget(5.0, 200, 6e-3, weight_decay=0.0, warmup_steps=10, ema_decay=0.9, muon_scale=0)
     emoji.train(codec, squares(), budget, tmp_path / "model", batch_size=12, seed=0, dim=64, layers=1)
     packed = tmp_path / "packed"
     pack = ["--codec", str(tmp_path / "codec"), "--model", str(tmp_path / "model"), "--out", str(packed)]
