@@ -70,9 +70,7 @@ class AudioCodec(PackedModelMixin, ModelMixin, ConfigMixin):
             latent_channels, sample_rate, Spectra(window, step), ratio, bands, encoder_dim, encoder_layers
         )
         source = VoiceSource(sample_rate, step, ratio)
-        self.decoder = AudioDecoder(
-            latent_channels, source, Spectra(window, step), ratio, decoder_dim, decoder_layers
-        )
+        self.decoder = AudioDecoder(latent_channels, source, Spectra(window, step), ratio, decoder_dim, decoder_layers)
         self.quantizer = ResidualQuantizer(latent_channels, levels, codebook_size)
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
@@ -180,9 +178,7 @@ class AudioEncoder(nn.Module):
 class AudioDecoder(nn.Module):
     """Raw latents to a waveform that is not clamped."""
 
-    def __init__(
-        self, channels: int, source: VoiceSource, spectra: Spectra, ratio: int, dim: int, layers: int
-    ) -> None:
+    def __init__(self, channels: int, source: VoiceSource, spectra: Spectra, ratio: int, dim: int, layers: int) -> None:
         super().__init__()
         self.source, self.spectra = source, spectra
         self.bins = spectra.window // 2 + 1

@@ -180,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of shards (millstream train speech-data)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its checkpoint")
-    parser.add_argument("--adversarial", type=float, default=0.0, help="weight of a judge in the last third (default: 0)")
+    parser.add_argument(
+        "--adversarial", type=float, default=0.0, help="weight of a judge in the last third (default: 0)"
+    )
     add_budget(parser, minutes=8.0, batch_size=96, unit="clips of 1.28 s", rate=2e-3)
     arguments = parser.parse_args(argv)
     budget = budget_from(arguments, weight_decay=0.0, checkpoint_minutes=1.0)
