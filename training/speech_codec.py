@@ -125,7 +125,7 @@ def measure_latents(codec: AudioCodec, speech: Speech) -> None:
 
 @torch.no_grad()
 def report(codec: AudioCodec, speech: Speech, seconds: int = 8, count: int = 16) -> dict[str, float]:
-    """Distance in envelope of the first seconds of some shards after latents, after codes, and of silence for comparison."""
+    """Envelope distance of the first seconds of some shards: after latents, after codes, and of silence to compare."""
     length = seconds * codec.sample_rate // codec.hop * codec.hop
     starts = speech.shards[:-1][:count]
     place = (starts[:, None] + torch.arange(length, device=starts.device)).clamp_max(len(speech.samples) - 1)
