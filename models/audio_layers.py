@@ -1,8 +1,8 @@
-"""Causal convolutions over time that run on a whole clip or on any pieces of it, with what they keep in one state.
+"""Causal layers over time that run on a whole clip or on any pieces of it, with what they keep in one state.
 
-A layer sees its own and earlier samples only. Run on a piece, it puts the last samples of its input that the piece
-before left in `AudioState` in front; a whole clip has silence there. So pieces equal the whole by construction.
-Shapes: B rows, C channels, S samples.
+A layer sees its own and earlier steps only. Run on a piece, it puts the last steps of its input that the piece before
+left in `AudioState` in front; a whole clip has silence there. So pieces equal the whole by construction.
+Shapes: B rows, C channels, S steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class AudioState:
     """Everything running encoders and decoders remember, one row per stream.
 
     Attributes:
-        tensors: name of a layer -> the last samples of its input [rows, C, kept]. Their addresses never change.
+        tensors: name of a layer -> what it keeps [rows, ...], all 0 at the start. Their addresses never change.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -61,6 +61,16 @@ class AudioState:
                 tensor[rows] = part.tensors[name]
 
 
+def with_past(x: Tensor, kept: int, name: str, state: AudioState | None) -> Tensor:
+    """`x` [..., S] behind the last `kept` steps before it, which the state then has of this piece."""
+    if state is None:
+        return F.pad(x, (kept, 0))
+    past = state.tensors[name]
+    x = torch.cat([past.to(x.dtype), x], dim=-1)
+    past.copy_(x[..., x.shape[-1] - kept :])
+    return x
+
+
 class CausalConv1d(nn.Conv1d):
     """A convolution that looks back: padded on the left by what came before.
 
@@ -69,19 +79,14 @@ class CausalConv1d(nn.Conv1d):
     """
 
     def __init__(
-        self, channels: int, out_channels: int, kernel: int, *, name: str, stride: int = 1, dilation: int = 1
+        self, channels: int, out_channels: int, kernel: int, *, name: str, stride: int = 1, groups: int = 1
     ) -> None:
-        super().__init__(channels, out_channels, kernel, stride=stride, dilation=dilation)
-        self.name, self.kept = name, (kernel - 1) * dilation + 1 - stride
+        super().__init__(channels, out_channels, kernel, stride=stride, groups=groups)
+        self.name, self.kept = name, kernel - stride
 
     def forward(self, x: Tensor, state: AudioState | None = None) -> Tensor:
-        if self.kept == 0:
-            return self._conv_forward(x, self.weight, self.bias)
-        if state is None:
-            return self._conv_forward(F.pad(x, (self.kept, 0)), self.weight, self.bias)
-        past = state.tensors[self.name]
-        x = torch.cat([past.to(x.dtype), x], dim=-1)
-        past.copy_(x[..., -self.kept :])
+        if self.kept:
+            x = with_past(x, self.kept, self.name, state)
         return self._conv_forward(x, self.weight, self.bias)
 
     def past(self, rows: int) -> Tensor:
@@ -89,43 +94,34 @@ class CausalConv1d(nn.Conv1d):
 
 
 class CausalUpsample(nn.Module):
-    """A transposed convolution of stride r and kernel 2 r, as one convolution of kernel 2 whose channels unfold."""
+    """`rate` steps for each one: a pointwise convolution whose channels unfold."""
 
-    def __init__(self, channels: int, out_channels: int, rate: int, *, name: str) -> None:
+    def __init__(self, channels: int, out_channels: int, rate: int) -> None:
         super().__init__()
-        self.conv = CausalConv1d(channels, out_channels * rate, 2, name=name)
+        self.conv = nn.Conv1d(channels, out_channels * rate, 1)
         self.rate = rate
 
     def forward(self, x: Tensor, state: AudioState | None = None) -> Tensor:
-        return self.conv(x, state).unflatten(1, (-1, self.rate)).transpose(2, 3).flatten(2)
+        return self.conv(x).unflatten(1, (-1, self.rate)).transpose(2, 3).flatten(2)
 
 
-class Snake(nn.Module):
-    """x + sin(a x)^2 / a: an activation that knows periods (Ziyin et al. 2020, arXiv:2006.08195)."""
+class CausalNeXt(nn.Module):
+    """ConvNeXt's residual block (arXiv:2201.03545), looking back only: each channel over time, then all channels."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, wide: int, *, name: str, kernel: int = 7) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.ones(channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-6)
-
-
-class AudioResidual(nn.Module):
-    """SEANet's residual block: a dilated convolution and a pointwise one, half as wide in between."""
-
-    def __init__(self, channels: int, dilation: int, *, name: str) -> None:
-        super().__init__()
-        self.snake1, self.snake2 = Snake(channels), Snake(channels // 2)
-        self.conv1 = CausalConv1d(channels, channels // 2, 3, name=name, dilation=dilation)
-        self.conv2 = nn.Conv1d(channels // 2, channels, 1)
+        self.time = CausalConv1d(channels, channels, kernel, name=name, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.wide, self.narrow = nn.Linear(channels, wide), nn.Linear(wide, channels)
+        self.scale = nn.Parameter(torch.full((channels,), 0.3))
 
     def forward(self, x: Tensor, state: AudioState | None = None) -> Tensor:
-        return x + self.conv2(self.snake2(self.conv1(self.snake1(x), state)))
+        y = self.norm(self.time(x, state).transpose(1, 2))
+        return x + (self.scale * self.narrow(F.gelu(self.wide(y)))).transpose(1, 2)
 
 
 class AudioStack(nn.Module):
-    """Layers in a row; those with a past get the state."""
+    """Layers in a row, each called with the state."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -133,7 +129,7 @@ class AudioStack(nn.Module):
 
     def forward(self, x: Tensor, state: AudioState | None = None) -> Tensor:
         for layer in self.layers:
-            x = layer(x) if isinstance(layer, Snake) else layer(x, state)
+            x = layer(x, state)
         return x
 
     def pasts(self, rows: int) -> dict[str, Tensor]:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SCALES = ((64, 5), (128, 10), (256, 20), (512, 40), (1024, 80), (2048, 160))
+from ..models.audio_source import mel_filters
 
-
-def mel_filters(fft: int, bands: int, sample_rate: int) -> Tensor:
-    """[fft // 2 + 1, bands]: triangles that are evenly spaced in mel (O'Shaughnessy 1987) and overlap by half."""
-    top = 2595 * math.log10(1 + sample_rate / 1400)
-    edges = 700 * (10 ** (torch.linspace(0, top, bands + 2, dtype=torch.float64) / 2595) - 1)
-    bins = torch.linspace(0, sample_rate / 2, fft // 2 + 1, dtype=torch.float64)[:, None]
-    left, middle, right = edges[:-2], edges[1:-1], edges[2:]
-    rise, fall = (bins - left) / (middle - left), (right - bins) / (right - middle)
-    return torch.minimum(rise, fall).clamp_min(0).float()
+# Two periods of a voice or more: shorter windows see where its pulses lie, which nobody hears.
+SCALES = ((512, 40), (1024, 80), (2048, 160))
+ENVELOPE = ((1024, 80),)  # what decides whether speech is understood
 
 
 class MelDistance(nn.Module):

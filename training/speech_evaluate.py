@@ -5,7 +5,8 @@
 The judge is pocketsphinx with the general English model of its package. Sentences are held out from training, of words
 that the judge knows and that are not rare. Each is spoken three times: by flite, by flite through the codec, and by the
 model. Writes `report.json` and a few sentences of each as WAV files. With `--generator` a model of `sound-tokens` or
-`sound-infill` speaks instead, with the codec and the durations of the speaking model.
+`sound-infill` speaks instead, with the codec and the durations of the speaking model. `--codec-only FOLDER` judges a
+codec before anything speaks through it: flite, and flite through the codec.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models.audio_codec import AudioCodec
 from ..pipelines.sound_speak import load_generator, speak_with
-from ..pipelines.speech_draw import SpeechParts, speak
+from ..pipelines.speech_draw import speak
 from . import flite
 from .speech_pack import load_parts
 from .speech_text import WORDNET, easy, read_sentences, split, words
@@ -74,18 +76,32 @@ Speaker = Callable[..., torch.Tensor]
 """(text, voice, seed=) to a waveform [S]."""
 
 
+@torch.no_grad()
+def through(codec: AudioCodec, samples: np.ndarray) -> torch.Tensor:
+    """The waveform [S] of int16 samples [S] after `codec`, no longer late."""
+    waveform = torch.from_numpy(samples).float()[None, None] / 32768
+    made = codec.decode(codec.encode(torch.nn.functional.pad(waveform, (0, codec.delay))))
+    return made[0, 0, codec.delay :][: len(samples)]
+
+
 def tell(
-    number: int, *, sentences: Sequence[str], voices: Sequence[str], parts: SpeechParts, speaker: Speaker, out: Path
+    number: int,
+    *,
+    sentences: Sequence[str],
+    voices: Sequence[str],
+    codec: AudioCodec,
+    speaker: Speaker | None,
+    out: Path,
 ) -> dict:
-    """One sentence in all its versions: seconds and what was heard."""
+    """One sentence in all its versions: seconds and what was heard. Without a `speaker`, of the codec alone."""
     torch.set_num_threads(1)
     text, voice = sentences[number], voices[number % len(voices)]
     true = flite.speak(text + ".", voice).samples
-    through = parts.codec.decode(parts.codec.encode(torch.from_numpy(true).float()[None, None] / 32768))[0, 0]
+    sounds = {"flite": true, "codec": as_samples(through(codec, true))}
     begun = time.perf_counter()
-    made = speaker(text + ".", voice, seed=number)
+    if speaker is not None:
+        sounds["model"] = as_samples(speaker(text + ".", voice, seed=number))
     took = time.perf_counter() - begun
-    sounds = {"flite": true, "codec": as_samples(through), "model": as_samples(made)}
     for name, samples in sounds.items():
         if number < KEPT:
             write_wav(out / f"{number}-{voice}-{name}.wav", samples)
@@ -109,7 +125,7 @@ def write_wav(path: Path, samples: np.ndarray) -> None:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Word error rates, of all and of each voice, and the real-time factor of one thread."""
+    """Word error rates, of all and of each voice, and, if it spoke, the model's real-time factor on one thread."""
     names = list(rows[0]["wrong"])
 
     def rate(some: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -117,12 +133,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {name: round(sum(row["wrong"][name] for row in some) / total, 4) for name in names}
 
     voices = sorted({row["voice"] for row in rows})
-    seconds = sum(row["seconds"]["model"] for row in rows)
-    return {
+    found = {
         "sentences": len(rows),
         "words": sum(len(words(row["text"])) for row in rows),
         "word_error_rate": rate(rows),
         "by_voice": {voice: rate([row for row in rows if row["voice"] == voice]) for voice in voices},
+    }
+    if "model" not in names:
+        return found
+    seconds = sum(row["seconds"]["model"] for row in rows)
+    return found | {
         "length_against_flite": round(seconds / sum(row["seconds"]["flite"] for row in rows), 3),
         "real_time_factor": round(sum(row["took"] for row in rows) / seconds, 3),
     }
@@ -132,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="millstream train speech-evaluate", description=(__doc__ or "").split("\n", 1)[0]
     )
-    parser.add_argument("--model", type=Path, required=True, help="the folder of speech-pack")
+    judged = parser.add_mutually_exclusive_group(required=True)
+    judged.add_argument("--model", type=Path, help="the folder of speech-pack")
+    judged.add_argument("--codec-only", type=Path, metavar="FOLDER", help="of a codec that is judged alone")
     parser.add_argument("--generator", type=Path, help="folder of sound-tokens or sound-infill that speaks instead")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report and the WAV files")
     parser.add_argument("--text", type=Path, default=WORDNET, help="WordNet's folder, or a file of sentences")
@@ -141,18 +163,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, help="one per core by default")
     arguments = parser.parse_args(argv)
     everything = read_sentences(arguments.text)
+    if arguments.codec_only and arguments.generator:
+        parser.error("--generator speaks with a --model; leave it out with --codec-only")
     sentences = easy(split(everything)[1], everything, known_words(), arguments.count)
-    parts = load_parts(arguments.model)
+    speaker = None
+    if arguments.codec_only:
+        codec = AudioCodec.from_pretrained(arguments.codec_only, torch_dtype=torch.float32).eval()
+    else:
+        parts = load_parts(arguments.model)
+        codec, speaker = parts.codec, partial(speak, parts)
+        if arguments.generator:
+            speaker = partial(speak_with, parts, load_generator(arguments.generator))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    speaker = partial(speak, parts)
-    if arguments.generator:
-        speaker = partial(speak_with, parts, load_generator(arguments.generator))
-    work = partial(tell, sentences=sentences, voices=arguments.voices, parts=parts, speaker=speaker, out=arguments.out)
+    work = partial(tell, sentences=sentences, voices=arguments.voices, codec=codec, speaker=speaker, out=arguments.out)
     torch.set_num_threads(1)  # before the fork, whose children would wait for threads that are not there
     with multiprocessing.get_context("fork").Pool(arguments.processes or os.cpu_count()) as pool:
         rows = pool.map(work, range(len(sentences)), chunksize=1)
     report = {
-        "model": str(arguments.generator or arguments.model),
+        "model": str(arguments.generator or arguments.model or arguments.codec_only),
         "judge": "pocketsphinx, en-us",
         **summary(rows),
         "rows": rows,

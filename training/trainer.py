@@ -98,6 +98,9 @@ class Trainer:
         budget: time and rates.
         directory: where `checkpoint.pt` is kept; training resumes from it if it is there.
         accelerator: device, precision and processes.
+
+    Attributes:
+        progress: share of the time that is spent.
     """
 
     def __init__(self, objective: nn.Module, budget: Budget, directory: Path, accelerator: Accelerator) -> None:
@@ -108,7 +111,7 @@ class Trainer:
         self.ema = EMAModel(self.parameters, decay=budget.ema_decay, foreach=True, use_ema_warmup=True)
         self.ema.to(accelerator.device)
         self.path = directory / "checkpoint.pt"
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.progress = 0, 0.0, 0.0
         if self.path.is_file():
             self._resume()
         self.wrapped, *self.optimizers = accelerator.prepare(self.objective, *self.optimizers)
@@ -123,23 +126,23 @@ class Trainer:
         self.objective.train()
         self._warm_up(batch)
         begun = saved = time.monotonic() - self.seconds
-        progress, loss = self._progress(begun), float("nan")
+        self.progress, loss = self._progress(begun), float("nan")
         bar = tqdm(
             desc=title, unit="step", initial=self.step, disable=not self.accelerator.is_main_process, mininterval=5
         )
         steps = math.inf if self.budget.steps is None else self.budget.steps
         try:
-            while progress < 1.0 and self.step < steps:
-                self._set_rate(self.budget.rate(self.step, progress))
+            while self.progress < 1.0 and self.step < steps:
+                self._set_rate(self.budget.rate(self.step, self.progress))
                 value, logs = self._update(batch())
                 if self.step % SYNC_STEPS == 0:
-                    progress, loss = self._progress(begun), float(value)
+                    self.progress, loss = self._progress(begun), float(value)
                     if not math.isfinite(loss):
                         raise ArithmeticError(
                             f"the loss became {loss} at step {self.step}; resume from {self.path} with a lower rate"
                         )
                     shown = {name: f"{float(entry):.4g}" for name, entry in logs.items()}
-                    bar.set_postfix({"done": f"{progress:.0%}", "loss": f"{loss:.4f}", **shown}, refresh=False)
+                    bar.set_postfix({"done": f"{self.progress:.0%}", "loss": f"{loss:.4f}", **shown}, refresh=False)
                     if time.monotonic() - saved > 60 * self.budget.checkpoint_minutes:
                         self.save(time.monotonic() - begun)
                         saved = time.monotonic()

@@ -11,9 +11,12 @@ from millstream.models.audio_codec import AudioCodec
 
 TINY = {
     "latent_channels": 8,
-    "strides": (2, 4, 5),
-    "encoder_widths": (4, 8, 8, 8),
-    "decoder_widths": (4, 8, 8, 8),
+    "step": 10,
+    "window": 40,
+    "ratio": 4,
+    "bands": 8,
+    "encoder_dim": 8,
+    "decoder_dim": 8,
     "levels": 3,
     "codebook_size": 16,
 }
@@ -61,11 +64,13 @@ def test_codes_come_back_and_each_level_comes_nearer(codec: AudioCodec) -> None:
         level.up.bias.zero_()
         level.codes[:, 8:] = 0
         level.codes[0] = 0
+        level.code_projection.bias.zero_()
     latents = torch.randn(2, 8, 5)
     codes = codec.quantize(latents)
     assert codes.shape == (2, 3, 5)
     assert codes.dtype == torch.int64
-    errors = [float((codec.dequantize(codes[:, :q]) - latents).square().mean()) for q in (1, 2, 3)]
+    raw = codec._raw(latents)
+    errors = [float((codec.quantizer.decode(codes[:, :q]) - raw).square().mean()) for q in (1, 2, 3)]
     assert errors[0] >= errors[1] >= errors[2]
     assert errors[0] > errors[2]
     assert torch.equal(codec.quantize(codec.dequantize(codes[:, :1]))[:, 0], codes[:, 0])
@@ -92,8 +97,8 @@ def test_refusals_say_what_to_do(codec: AudioCodec) -> None:
         codec.encode_step(torch.zeros(1, 1, 41), codec.begin())
     with pytest.raises(ValueError, match=r"latents must be \[B, 8, length\], got \[1, 7, 3\]"):
         codec.decode(torch.zeros(1, 7, 3))
-    with pytest.raises(ValueError, match="one width more than the 3 strides"):
-        AudioCodec(**(TINY | {"encoder_widths": (4, 8)}))
+    with pytest.raises(ValueError, match="4 steps or more, whole ones"):
+        AudioCodec(**(TINY | {"window": 36}))
 
 
 def test_packed_sounds_as_unpacked(codec: AudioCodec, tmp_path) -> None:

@@ -29,10 +29,12 @@ from millstream.training.trainer import Budget
 
 CODEC = {
     "latent_channels": 4,
-    "strides": (8, 10, 16),
-    "encoder_widths": (4, 4, 4, 4),
-    "decoder_widths": (4, 4, 4, 4),
-    "dilations": (1,),
+    "ratio": 8,
+    "bands": 20,
+    "encoder_dim": 8,
+    "encoder_layers": 1,
+    "decoder_dim": 8,
+    "decoder_layers": 1,
     "levels": 2,
     "codebook_size": 8,
 }
