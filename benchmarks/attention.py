@@ -156,15 +156,18 @@ def few_queries(heads: int, dim: int, device: str, repeats: int, queries: int, k
     return {"dense_ms": dense_ms, "ms": ms, "speedup": dense_ms / ms, "tflops": flops(q, k) / ms / 1e9}
 
 
-def tune(report: Report, heads: int, tokens: int) -> None:
-    """Every tile size worth trying, dense and at 25 %, for head sizes 128 and 64."""
-    from attention_tune import Candidate, candidates
+def tune(report: Report, heads: int, tokens: int, device: str) -> None:
+    """The kernel's tile sizes, dense and sparse, each held to float64 before it is timed; then the best as JSON."""
+    from attention_tune import best, candidates
 
-    def run(candidate: Candidate) -> dict:
-        return candidate.run(tokens, heads, median_ms)
-
+    rows = []
     for candidate in candidates():
-        report.add(candidate.name, partial(run, candidate))
+        row = report.add(candidate.name, partial(candidate.run, tokens, heads, median_ms, device))
+        if row is not None:
+            rows.append((candidate, row))
+    report.data["best"] = best(rows)
+    report.save()
+    print(json.dumps(report.data["best"], indent=1))
 
 
 # Planners that need no order of time among keys, for a ring has none.
@@ -210,7 +213,7 @@ def main() -> None:
     gate(device)
     print(f"the kernel agrees with float64  [{time.perf_counter() - report.began:.1f} s]", flush=True)
     if options.tune:
-        tune(report, heads, tokens)
+        tune(report, heads, tokens, device)
         return
     chunk = 3 * grid[1] * grid[2]
     shape = (heads, options.dim, device, repeats)

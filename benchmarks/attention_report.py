@@ -38,9 +38,12 @@ class Report:
             self.data["results"].append(row)
             shown = " ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
             print(f"{name:26s} {kind or '':9s} {shown}  [{time.perf_counter() - began:.1f} s]", flush=True)
+        self.save()
+        return row
+
+    def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "attention.json").write_text(json.dumps(self.data, indent=1))
-        return row
 
 
 def machine() -> dict:

@@ -21,13 +21,17 @@ TMA_CAPABILITY = 9
 
 @dataclass(frozen=True)
 class Config:
-    """How one program is cut: `tile_q` queries against `tile_k` keys at a time, by `warps`, `stages` loads ahead."""
+    """How one program is cut: `tile_q` queries against `tile_k` keys at a time, by `warps`, `stages` loads ahead.
+
+    `ahead` multiplies the next keys before the softmax of the last scores.
+    """
 
     tile_q: int
     tile_k: int
     warps: int
     stages: int
     max_registers: int | None = None
+    ahead: bool = True
 
 
 def choose_config(block: tuple[int, int], head_dim: int, dtype: torch.dtype, shared_memory: int) -> Config:
@@ -35,12 +39,14 @@ def choose_config(block: tuple[int, int], head_dim: int, dtype: torch.dtype, sha
     tile_q = 128 if block[0] % 128 == 0 else 64
     if dtype == torch.float32:
         return Config(64, 32, 4, 1)
-    # Wide tiles of keys rescale the output less often, where registers hold them: D 64, and 8-bit operands.
-    tile_k = 128 if (head_dim <= 64 or dtype.itemsize == 1) and block[1] % 128 == 0 else 64
     small = shared_memory < 160 * 1024
-    if dtype.is_floating_point and dtype.itemsize == 1 and tile_k == 128 and head_dim == 128 and not small:
-        return Config(64, 128, 4, 2)  # 736 TFLOP/s dense, 725 at 25 %; with 128 queries 632 and 614
-    if small:
+    # Wide tiles of keys rescale the output less often.
+    tile_k = 64 if small or block[1] % 128 else 128
+    if tile_k == 128 and head_dim == 128:
+        if dtype.itemsize == 1:
+            return Config(64, 128, 4, 2)
+        if tile_q == 128:
+            return Config(128, 128, 8, 2)
         tile_k = 64
     warps = 8 if tile_q == 128 else 4
     # Small tiles wait less for memory than for one another: two programs per multiprocessor, if both fit.
@@ -143,7 +149,7 @@ def attend_blocks(
         descriptors=descriptors,
         # Past the end of one row's keys lies the next row, which may be NaN; past the last row descriptors read zeros.
         masked_descriptors=descriptors and (gathered or (k_lengths is None and batch == 1)),
-        exact="tf32x3" if q.dtype == torch.float32 else "tf32", stages=config.stages,
+        exact="tf32x3" if q.dtype == torch.float32 else "tf32", stages=config.stages, ahead=config.ahead,
         num_warps=config.warps, num_stages=config.stages, **options,
     )  # fmt: skip
     return (out[0], lse[0]) if splits == 1 else merge_stacked(out, lse, out_dtype)

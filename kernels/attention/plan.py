@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..backend import runs_triton
 from .masks import Mask
 
 
@@ -60,6 +61,12 @@ class KVSummary:
             count = count.expand(place.shape[0], 1, -1).gather(2, place)
         if lengths is not None:
             count = torch.minimum(count, lengths)
+        if place is None and lengths is None and _runs_fast(k, v):
+            from .summary_triton import summarise_triton
+
+            with torch.cuda.device_of(k):
+                key, value, slope = summarise_triton(k, v, block, first_order)
+            return cls(key, value, count, slope)
         if place is None and lengths is None:
             key, value = (_block_means(x, block) for x in (k, v))
         else:
@@ -252,6 +259,12 @@ def _valid_blocks(x: Tensor, block: int, place: Tensor | None, count: Tensor) ->
 def _known(count: Tensor, block: int) -> Tensor:
     """Bool [B or 1, H or 1, blocks, block]: the places that hold a token."""
     return torch.arange(block, device=count.device) < count[..., None]
+
+
+def _runs_fast(k: Tensor, v: Tensor) -> bool:
+    graded = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    usual = k.shape[-1] in (16, 32, 64, 128) and k.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return runs_triton(k) and usual and not graded and k.shape == v.shape and k.numel() > 0
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -34,11 +34,13 @@ def _walk(
     masked: tl.constexpr, guard: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr,
     has_table: tl.constexpr, has_k_lengths: tl.constexpr, full_lengths: tl.constexpr, has_bias: tl.constexpr,
     quantize: tl.constexpr, v_row: tl.constexpr, descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
+    ahead: tl.constexpr,
 ):  # fmt: skip
     """Attend to the blocks listed at `start ... end`.
 
-    Each step multiplies the NEXT keys before it takes the softmax of the last scores, so that the tensor cores work
-    through the exponentials; list entries are read two steps ahead.
+    With `ahead` each step multiplies the NEXT keys before it takes the softmax of the last scores, so that the tensor
+    cores work through the exponentials, for the registers of one more tile of scores. List entries are always read two
+    steps ahead.
     """
     parts: tl.constexpr = block_k // tile_k
     v_rows = k_rows if v_row else (k_rows + 15) // 16 * 16
@@ -48,21 +50,25 @@ def _walk(
     block, place = listed(indices_ptr, places_ptr, start, end, has_table)
     slot = block * block_k
     row = place * block_k
-    k = tile(k_ptr, k_desc, k_first + row, k_column, row, k_sl, 1, k_rows, tile_k, head_dim, descriptors, False)
-    scores = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
+    if ahead:
+        k = tile(k_ptr, k_desc, k_first + row, k_column, row, k_sl, 1, k_rows, tile_k, head_dim, descriptors, False)
+        scores = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
     block, place = listed(indices_ptr, places_ptr, start + 1 // parts, end, has_table)
     for i in tl.range(start * parts, end * parts, num_stages=stages):
         # Products, not plain copies of the list entries: Triton pipelines no loop that carries a value two steps on.
         next_slot = block * block_k + (i + 1) % parts * tile_k
         next_row = place * block_k + (i + 1) % parts * tile_k
+        k_row = next_row if ahead else row
         k = tile(
-            k_ptr, k_desc, k_first + next_row, k_column, next_row,
+            k_ptr, k_desc, k_first + k_row, k_column, k_row,
             k_sl, 1, k_rows, tile_k, head_dim, descriptors, False,
         )  # fmt: skip
         v = tile(
             v_ptr, v_desc, v_first + row, v_column, row, v_sl, v_sd, v_rows, tile_k, head_dim, descriptors, not v_row
         )
-        next_scores = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
+        product = tl.dot(q, tl.trans(k), input_precision=exact).to(tl.float32)
+        if not ahead:
+            scores = product
         here = slot // block_k
         if masked:
             k_slots = slot + tl.arange(0, tile_k)
@@ -92,7 +98,9 @@ def _walk(
         if has_bias:
             offset = tl.load(bias_ptr + here) * LOG2_E
         acc, total, highest = softmax_step(acc, total, highest, scores, tile_factor, offset, v, exact, p_scale)
-        scores, slot, row = next_scores, next_slot, next_row
+        slot, row = next_slot, next_row
+        if ahead:
+            scores = product
         block, place = listed(indices_ptr, places_ptr, (i + 2) // parts, end, has_table)
     return acc, total, highest
 
@@ -125,6 +133,7 @@ def attend_kernel(
     has_table: tl.constexpr, has_q_lengths: tl.constexpr, has_k_lengths: tl.constexpr, full_lengths: tl.constexpr,
     has_bias: tl.constexpr, has_source: tl.constexpr, quantize: tl.constexpr, v_row: tl.constexpr,
     descriptors: tl.constexpr, masked_descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
+    ahead: tl.constexpr,
 ):  # fmt: skip
     query_tile = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -194,7 +203,7 @@ def attend_kernel(
         low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
         head_dim, block_k, tile_k, False, guard, has_box, has_bits, axes,
         has_table, has_k_lengths, full_lengths, has_bias,
-        quantize, v_row, descriptors, exact, stages,
+        quantize, v_row, descriptors, exact, stages, ahead,
     )  # fmt: skip
     masked_start = tl.maximum(first, n_full)
     if masked_start < last:
@@ -205,12 +214,13 @@ def attend_kernel(
             low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
             head_dim, block_k, tile_k, True, guard, has_box, has_bits, axes,
             has_table, has_k_lengths, full_lengths, has_bias,
-            quantize, v_row, masked_descriptors, exact, stages,
+            quantize, v_row, masked_descriptors, exact, stages, ahead,
         )  # fmt: skip
 
     if quantize == "fp8":
         v_scale = tl.load(v_scale_ptr + tl.program_id(1) * head_dim + channels)
         acc = acc * (v_scale / p_scale)[None, :]
+        total = total / p_scale
 
     if centroid:  # noqa: SIM102  # one is known when the kernel is compiled, the other when it runs
         if split == splits - 1:

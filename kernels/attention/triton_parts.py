@@ -11,9 +11,13 @@ import triton.language as tl
 
 @triton.jit
 def softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.constexpr, p_scale: tl.constexpr):
-    """Online softmax over `scores * factor + offset` (factor > 0, scalars); returns the three running values."""
+    """Online softmax over `scores * factor + offset` (factor > 0, scalars); returns the three running values.
+
+    Weights, and so `acc` and `total`, are `p_scale` (1 or 256) times what they say: it stands in the exponent.
+    """
+    shift: tl.constexpr = 0.0 if p_scale == 1.0 else 8.0
     above = tl.maximum(highest, tl.max(scores, 1) * factor + offset)
-    p = tl.exp2(scores * factor - (above - offset)[:, None])
+    p = tl.exp2(scores * factor - (above - offset - shift)[:, None])
     decay = tl.exp2(highest - above)
     total = total * decay + tl.sum(p, 1)
     acc = acc * decay[:, None]
@@ -21,7 +25,7 @@ def softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.const
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=exact)
     else:
         # 8-bit: the tensor cores add with 14 bits, so only one tile is summed there, and the rest in registers.
-        acc += tl.dot(operand_order((p * p_scale).to(v.dtype)), v)
+        acc += tl.dot(operand_order(p.to(v.dtype)), v)
     return acc, total, above
 
 

@@ -110,6 +110,18 @@ def test_splitting_the_keys_over_programs_changes_nothing(splits):
     assert_close(launch(q, k, v, BlockPlan.of(visit, (64, 64), 330), splits=splits), truth)
 
 
+def test_reading_ahead_changes_nothing():
+    from millstream.kernels.attention.launch import Config
+
+    q, k, v = qkv(130, 300)
+    bias = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(3))
+    plan = BlockPlan.of(drawn(1, 2, 3, 5), (64, 64), 300, bias=bias)
+    for tile_k in (32, 64):
+        ahead, plain = (launch(q, k, v, plan, config=Config(64, tile_k, 4, 1, ahead=on)) for on in (True, False))
+        assert torch.equal(ahead[0], plain[0])
+        assert torch.equal(ahead[1], plain[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_each_row_and_head_with_biases_and_queries_that_see_nothing(backend):
     q, k, v = qkv(200, 300, rows=2)
@@ -314,7 +326,9 @@ def test_eight_bits_stay_near(how, bound, backend):
         from millstream.kernels.attention.launch import attend_blocks
 
         given = operands(eight.q, eight.k, eight.v, moved(plan, DEVICE), None, 64**-0.5, eight, torch.float32)
-        out = attend_blocks(*given)[0].cpu()
+        out, lse = (x.cpu() for x in attend_blocks(*given))
+        shift = 64**-0.5 * torch.einsum("blhd,bhd->bhl", q, eight.mean_key.cpu())
+        assert (lse + shift - lse_truth).abs().max() < 0.1
     assert (out - truth).norm() / truth.norm() < bound
 
 
