@@ -162,7 +162,7 @@ import torch
 from millstream.kernels import rotary_angles
 from millstream.kernels.fused import reference as plain
 from millstream.kernels.fused import triton as fast
-from millstream.kernels.fused.triton_linear import quantized_product_triton
+from millstream.kernels.fused.triton_linear import Tiles, quantized_product_triton
 
 generator = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(shape, generator=generator)
@@ -186,7 +186,7 @@ for heads, dim in ((1, 16), (3, 12), (2, 40)):
         for gate in (scale, scale[:1]):
             close(fast.gate_residual_triton(x, y, gate), plain.gate_residual_reference(x, y, gate))
 for dtype in (torch.int8, torch.float8_e4m3fn):
-    for rows, columns, depth in ((1, 1, 16), (70, 33, 40), (5, 130, 200)):
+    for rows, columns, depth in ((1, 1, 16), (70, 33, 40), (5, 130, 200), (70, 33, 80)):
         x, weight = draw(rows, depth), draw(columns, depth)
         x[0] = 0
         seen, wanted = fast.quantize_rows_triton(x, dtype), plain.quantize_rows_reference(x, dtype)
@@ -204,7 +204,12 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
         assert (off <= (1 if dtype == torch.int8 else bent.float().abs()[sure] / 8 + 2**-9)).all()  # a step at most
         for bias in (None, draw(columns)):
             arguments = *wanted, *plain.quantize_rows_reference(weight, dtype), bias, torch.float32
-            close(quantized_product_triton(*arguments), plain.quantized_product_reference(*arguments))
+            product = quantized_product_triton(*arguments)
+            close(product, plain.quantized_product_reference(*arguments))
+            for tiles in (Tiles(32, 64, 32), Tiles(64, 32, 64, bulk=True)) if depth % 16 == 0 else ():
+                other = quantized_product_triton(*arguments, tiles)
+                close(other, product)
+                assert dtype != torch.int8 or torch.equal(other, product)
 print("equal")
 """
 
@@ -275,6 +280,25 @@ def test_cuda_quantises_and_multiplies_as_the_reference_does(dtype, size):
     assert (quantized_linear(x.bfloat16(), packed, bias, gelu=True) - bent).norm() / bent.norm() < 0.02
     plain = F.linear(x, weight, bias)
     assert (seen.float() - plain).norm() / plain.norm() < (0.015 if dtype == torch.int8 else 0.045)
+
+
+@gpu
+@torch.no_grad()
+def test_cuda_products_in_any_tiles_are_the_same_and_a_warm_up_finds_the_fastest(monkeypatch):
+    from millstream.kernels.fused import triton_linear as linear
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("tiles are tried on Hopper")
+    rows, columns = (
+        quantize_rows(draw(i, *size).cuda(), torch.int8) for i, size in enumerate([(4680, 1536), (1000, 1536)])
+    )
+    arguments = *rows, *columns, draw(2, 1000).cuda(), torch.bfloat16
+    expected = linear.quantized_product_triton(*arguments)
+    for tiles in linear.CANDIDATES:
+        assert torch.equal(linear.quantized_product_triton(*arguments, tiles), expected), tiles
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert torch.equal(linear.quantized_product_triton(*arguments), expected)
+    assert linear._fastest[4680, 1000, 1536, rows.values.device] in linear.CANDIDATES
 
 
 @gpu
