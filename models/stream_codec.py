@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.norm_silu import norm_silu
+from .doubling import Weights, aligned, renew
 
 PICTURES_PER_LATENT = 4
-ALIGNED = 8  # output channels that tensor cores are fed with a multiple of
 
 Branches = tuple[Tensor, Tensor]  # of a residual block, not added up yet
 
@@ -100,7 +100,7 @@ class StreamCodec:
         self.vae, self.step = vae, step
         self.names = {module: name for name, module in self.half.named_modules()}
         self.mean, self.std = (torch.tensor(values)[:, None, None, None] for values in statistics(vae))
-        self.made: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # weights and biases of layers that are run otherwise
+        self.made: dict[nn.Module, Weights] = {}  # weights and biases of layers that are run otherwise
         self._scratch = torch.empty(0)
         for module in vae.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -132,7 +132,8 @@ class StreamCodec:
         places = self.places(height, width)
         weight = self.vae.post_quant_conv.weight
         self.mean, self.std = self.mean.to(weight), self.std.to(weight)
-        self._make()
+        with torch.no_grad():
+            renew(self.made, self.other_weights())
         widest = max(place.widest(self.step) for place in places.values())
         if self._scratch.numel() < batch * widest or (self._scratch.device, self._scratch.dtype) != (
             weight.device,
@@ -150,26 +151,13 @@ class StreamCodec:
             }
         )
 
-    def other_weights(self) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    def other_weights(self) -> Iterator[tuple[nn.Module, Weights]]:
         """Layers that are run with other weights than their own, the same in arithmetic, and those."""
         conv = self.half.conv_out
         assert isinstance(conv, WanCausalConv3d)
         assert conv.bias is not None
-        if conv.weight.is_cuda and conv.out_channels % ALIGNED:
-            missing = -conv.out_channels % ALIGNED  # which cost less than what is done without them
-            weight = F.pad(conv.weight, (0, 0) * 4 + (0, missing))
-            yield conv, weight.contiguous(memory_format=torch.channels_last_3d), F.pad(conv.bias, (0, missing))
-
-    @torch.no_grad()
-    def _make(self) -> None:
-        """Make `other_weights` anew, in the same place where there is one: recorded steps read it."""
-        for layer, *now in self.other_weights():
-            before = self.made.get(layer)
-            if before is not None and (before[0].device, before[0].dtype) == (now[0].device, now[0].dtype):
-                for old, new in zip(before, now):
-                    old.copy_(new)
-            else:
-                self.made[layer] = (now[0], now[1])
+        if conv.weight.is_cuda:
+            yield conv, aligned(conv.weight, conv.bias)
 
     def convolve(
         self,

@@ -28,7 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .doubling import interleaved, phases
+from .doubling import Weights, interleaved, phases
 from .stream_codec import (
     PICTURES_PER_LATENT,
     CodecState,
@@ -131,12 +131,12 @@ class WanDecoder(StreamCodec):
         weight, bias = self.made[layer.resample[1]]  # pyright: ignore[reportIndexIssue]
         return as_video(interleaved(F.conv2d(images, weight, bias, padding=1)), x.shape[0])
 
-    def other_weights(self) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    def other_weights(self) -> Iterator[tuple[nn.Module, Weights]]:
         yield from super().other_weights()
         for layer in self.half.modules():
             if isinstance(layer, WanResample) and layer.mode.startswith("upsample"):
                 conv = layer.resample[1]  # pyright: ignore[reportIndexIssue]
-                yield conv, phases(conv.weight), conv.bias.repeat(4)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                yield conv, (phases(conv.weight), conv.bias.repeat(4))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 class WanEncoder(StreamCodec):
