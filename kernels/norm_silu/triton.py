@@ -29,6 +29,8 @@ def _norm_silu_kernel(
     out_batch,
     out_frame,
     out_pixel,
+    kept_batch,
+    kept_frame,
     count,
     root,
     smallest,
@@ -57,21 +59,20 @@ def _norm_silu_kernel(
     tl.store(out + front + ((frame + keeps).to(tl.int64) * out_frame)[:, None], value, mask=inside)
     if keeps:
         # The program that writes a last frame also moves the kept one out of its way: nobody else touches that place.
-        old = (batch.to(tl.int64) * keeps * pixels * channels + column * channels)[:, None] + at
-        step = pixels.to(tl.int64) * channels
+        old = (batch.to(tl.int64) * kept_batch + column * channels)[:, None] + at
         if frames == 1:
             for index in tl.static_range(keeps):  # pyright: ignore[reportGeneralTypeIssues]
-                before = tl.load(kept + old + index * step, mask=inside, other=0.0)
+                before = tl.load(kept + old + index * kept_frame, mask=inside, other=0.0)
                 tl.store(out + front + index * out_frame, before, mask=inside)
                 if index > 0:
-                    tl.store(kept + old + (index - 1) * step, before, mask=inside)
-            tl.store(kept + old + (keeps - 1) * step, value, mask=inside)
+                    tl.store(kept + old + (index - 1) * kept_frame, before, mask=inside)
+            tl.store(kept + old + (keeps - 1) * kept_frame, value, mask=inside)
         else:
             index = (frame - (frames - keeps)).to(tl.int64)[:, None]
             late = inside & (index >= 0)
-            before = tl.load(kept + old + index * step, mask=late, other=0.0)
+            before = tl.load(kept + old + index * kept_frame, mask=late, other=0.0)
             tl.store(out + front + index * out_frame, before, mask=late)
-            tl.store(kept + old + index * step, value, mask=late)
+            tl.store(kept + old + index * kept_frame, value, mask=late)
 
 
 def serves(x: Tensor, out: Tensor, kept: Tensor | None, more: Tensor | None) -> bool:
@@ -109,6 +110,8 @@ def norm_silu_triton(
         height * width,
         *(x.stride(dim) for dim in (0, 2, 4)),
         *(out.stride(dim) for dim in (0, 2, 4)),
+        0 if kept is None else kept.shape[2] * channels * height * width,
+        channels * height * width,
         count,
         channels**0.5,
         SMALLEST,
