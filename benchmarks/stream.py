@@ -27,7 +27,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan
-from stream_measures import Clock, kernels, memory, on_host, stepped, summary, until_first
+from stream_measures import Clock, kernels, memory, stepped, summary, until_first
 from stream_peers import chunked_clip, decoders, encoder, one_pass, whole_clip
 from variants import measure_all, publish
 
@@ -37,6 +37,7 @@ from millstream.models.transformer import CausalTransformer3DModel
 from millstream.pipelines.memory import memory_plan
 from millstream.pipelines.presets import PRESETS, Preset
 from millstream.pipelines.recipes import RECIPES, Recipe
+from millstream.streaming.pixels import as_bytes, on_host
 
 WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
 WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
@@ -230,7 +231,7 @@ class Bench:
         with clock.watching(pipe, "draw"), clock.watching(pipe, "_write"), clock.watching(pipe, "decode"):
             for _ in range(count):
                 for chunk in session.step():
-                    clock.timed("transfer", lambda: on_host(chunk.data))  # noqa: B023 (called at once)
+                    clock.timed("transfer", lambda: on_host(as_bytes(chunk.data)))  # noqa: B023 (called at once)
         taken = clock.milliseconds(count)
         draw, commit = taken.pop("draw"), taken.pop("_write", 0.0)
         return {"denoise": draw - commit, "commit": commit, **taken}

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from millstream.streaming.pixels import as_bytes, on_host
+
 
 class Clock:
     """How long named calls take on the device, without waiting for it in between."""
@@ -66,15 +68,10 @@ def median(call: Callable[[], object], device: torch.device, count: int) -> floa
     return statistics.median(times)
 
 
-def on_host(pictures: torch.Tensor) -> torch.Tensor:
-    """8-bit pictures in host memory, as a window or a file wants them."""
-    return pictures.mul(255).round_().to(torch.uint8).cpu()
-
-
 def stepped(session: Any, device: torch.device) -> tuple[float, int]:
     """Seconds of one step with its pictures on the host, and how many there are."""
     start = time.perf_counter()
-    drawn = sum(len(on_host(chunk.data)) for chunk in session.step())
+    drawn = sum(len(on_host(as_bytes(chunk.data))) for chunk in session.step())
     wait(device)
     return time.perf_counter() - start, drawn
 

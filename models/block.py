@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import BlockPlan, apply_rotary, attend
-from ..kernels.fused import Quantized, gate_residual, norm_modulate, norm_rotary, quantized_linear
+from ..kernels.fused import Quantized, norm_rotary, quantized_linear
 from ..streaming.kv_cache import KVChunk
 from .actions import ActionModule, Inputs
+from .modulation import gated, in_one_kernel, joined, modulated
 from .quantized import QuantizedLinear, side_by_side
 
 if TYPE_CHECKING:
@@ -178,18 +179,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, six: Six, text: tuple[Tensor, ...], layer: int, context: Context) -> Tensor:
         """`x` [B, L, D]; `six` shifts, scales and gates [B, G, D]; `text` keys as in `TextKeys`."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = six
-        x = gated(x, self.self_attention(modulated(self.norm1, x, shift, scale), layer, context), gate)
+        y = self.self_attention(modulated(self.norm1, x, shift, scale), layer, context)
         if self.cross:
-            x = x + self.cross_attention(self._normed(x), text)
+            x, normal = joined(x, y, gate, self.norm2)
+            y, gate = self.cross_attention(normal, text), None
         if self.action_model is not None:
-            x = self.action_model(x, layer, context)
-        return gated(x, self.feed_forward(modulated(self.norm3, x, ff_shift, ff_scale)), ff_gate)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        norm = self.norm2
-        if isinstance(norm, nn.Identity) or not in_one_kernel(x):
-            return norm(x.float()).type_as(x)
-        return norm_modulate(x, norm.bias[None, None], norm.weight[None, None] - 1, eps=norm.eps)
+            x = self.action_model(gated(x, y, gate), layer, context)
+            normal = modulated(self.norm3, x, ff_shift, ff_scale)
+        else:
+            x, normal = joined(x, y, gate, self.norm3, (ff_shift, ff_scale))
+        return gated(x, self.feed_forward(normal), ff_gate)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
@@ -256,33 +255,3 @@ def inputs_first(weight: Tensor) -> Tensor:
     if weight.device.type != "cpu" or weight.stride(0) == 1:
         return weight
     return weight.t().contiguous().t()
-
-
-def in_one_kernel(x: Tensor) -> bool:
-    """Do the fused kernels serve here? Not for gradients, and `torch.compile` fuses better what it can see."""
-    return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def modulated(norm: FP32LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift, `x` [B, L, D] with one shift and scale [B, G, D] per group of L / G tokens."""
-    if in_one_kernel(x):
-        return norm_modulate(x, shift, scale, eps=norm.eps)
-    if shift.shape[:2] == (1, 1):  # then they are a norm's own weights
-        return F.layer_norm(x.to(shift.dtype), shift.shape[2:], 1 + scale[0, 0], shift[0, 0], norm.eps).type_as(x)
-    normal = norm(x.float())
-    if shift.shape[1] == 1:
-        return torch.addcmul(shift, normal, 1 + scale).type_as(x)
-    groups = (shift.shape[1], -1)
-    wide = torch.addcmul(shift[:, :, None], normal.unflatten(1, groups), 1 + scale[:, :, None])
-    return wide.flatten(1, 2).type_as(x)
-
-
-def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y gate, grouped as in `modulated`."""
-    if in_one_kernel(x):
-        return gate_residual(x, y, gate)
-    if gate.shape[1] == 1:
-        return torch.addcmul(x.float(), y.float(), gate).type_as(x)
-    groups = (gate.shape[1], -1)
-    wide = torch.addcmul(x.float().unflatten(1, groups), y.float().unflatten(1, groups), gate[:, :, None])
-    return wide.flatten(1, 2).type_as(x)

@@ -5,7 +5,7 @@ See `wan_vae` for the idea.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.norm_silu import norm_silu
+from .doubling import Weights, aligned, renew
 
 PICTURES_PER_LATENT = 4
+
+Branches = tuple[Tensor, Tensor]  # of a residual block, not added up yet
 
 
 class Place(NamedTuple):
@@ -97,6 +100,7 @@ class StreamCodec:
         self.vae, self.step = vae, step
         self.names = {module: name for name, module in self.half.named_modules()}
         self.mean, self.std = (torch.tensor(values)[:, None, None, None] for values in statistics(vae))
+        self.made: dict[nn.Module, Weights] = {}  # weights and biases of layers that are run otherwise
         self._scratch = torch.empty(0)
         for module in vae.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -128,6 +132,8 @@ class StreamCodec:
         places = self.places(height, width)
         weight = self.vae.post_quant_conv.weight
         self.mean, self.std = self.mean.to(weight), self.std.to(weight)
+        with torch.no_grad():
+            renew(self.made, self.other_weights())
         widest = max(place.widest(self.step) for place in places.values())
         if self._scratch.numel() < batch * widest or (self._scratch.device, self._scratch.dtype) != (
             weight.device,
@@ -145,38 +151,66 @@ class StreamCodec:
             }
         )
 
-    def side_by_side(self, state: Tensor, frames: int) -> Tensor:
-        """A scratch [B, C, kept + frames, h, w] that begins with `state`."""
-        batch, channels, kept, height, width = state.shape
-        elements = batch * channels * (kept + frames) * height * width
-        last = self._scratch[:elements].view(batch, kept + frames, height, width, channels)
-        both = last.permute(0, 4, 1, 2, 3)
-        both[:, :, :kept].copy_(state)
-        return both
+    def other_weights(self) -> Iterator[tuple[nn.Module, Weights]]:
+        """Layers that are run with other weights than their own, the same in arithmetic, and those."""
+        conv = self.half.conv_out
+        assert isinstance(conv, WanCausalConv3d)
+        assert conv.bias is not None
+        if conv.weight.is_cuda:
+            yield conv, aligned(conv.weight, conv.bias)
 
-    def convolve(self, conv: WanCausalConv3d, x: Tensor, state: CodecState, norm: WanRMS_norm | None = None) -> Tensor:
-        """`conv` over the kept frames and `x` [B, C, T, h, w], after `norm` and SiLU if given."""
+    def convolve(
+        self,
+        conv: WanCausalConv3d,
+        x: Tensor,
+        state: CodecState,
+        norm: WanRMS_norm | None = None,
+        more: Tensor | None = None,
+    ) -> Tensor:
+        """`conv` over the kept frames and `x` [B, C, T, h, w], after `norm` and SiLU if given.
+
+        `more` is added to x before the norm, and holds the sum afterwards."""
         kept = state.buffers[self.names[conv]]
-        both = self.side_by_side(kept, x.shape[2])
-        new = both[:, :, kept.shape[2] :]
+        batch, channels, frames, height, width = x.shape
+        frames += kept.shape[2]
+        both = self._scratch[: x.numel() // x.shape[2] * frames].view(batch, frames, height, width, channels)
+        both = both.permute(0, 4, 1, 2, 3)
         if norm is None:
-            new.copy_(x)
+            both[:, :, : kept.shape[2]].copy_(kept)
+            both[:, :, kept.shape[2] :].copy_(x)
+            kept.copy_(both[:, :, -kept.shape[2] :])
         else:
-            norm_silu(x, norm.gamma, out=new)
-        kept.copy_(both[:, :, -kept.shape[2] :])
+            norm_silu(x, norm.gamma, out=both, kept=kept, more=more)
         pad_w, _, pad_h, _, _, _ = (int(pad) for pad in conv._padding)
-        return F.conv3d(both, conv.weight, conv.bias, conv.stride, (0, pad_h, pad_w))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        weight, bias = self.made.get(conv, (conv.weight, conv.bias))
+        y = F.conv3d(both, weight, bias, conv.stride, (0, pad_h, pad_w))  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return y[:, : conv.out_channels]
 
-    def residual(self, block: WanResidualBlock, x: Tensor, state: CodecState) -> Tensor:
-        shortcut = pointwise(block.conv_shortcut, x) if isinstance(block.conv_shortcut, WanCausalConv3d) else x
-        y = self.convolve(block.conv1, x, state, block.norm1)
-        return self.convolve(block.conv2, y, state, block.norm2).add_(shortcut)
+    def residual(self, block: WanResidualBlock, x: Tensor, state: CodecState, more: Tensor | None = None) -> Branches:
+        """The block on x + `more`. What it gives is not added up yet: the next norm does that as it reads both."""
+        y = self.convolve(block.conv1, x, state, block.norm1, more)
+        x = x if more is None else more
+        y = self.convolve(block.conv2, y, state, block.norm2)
+        return (pointwise(block.conv_shortcut, x) if isinstance(block.conv_shortcut, WanCausalConv3d) else x), y
 
-    def middle(self, block: WanMidBlock, x: Tensor, state: CodecState) -> Tensor:
-        x = self.residual(block.resnets[0], x, state)  # pyright: ignore[reportArgumentType]
+    def residuals(self, blocks: Iterable[nn.Module], x: Tensor, state: CodecState) -> Branches:
+        """One block after the other."""
+        more = None
+        for block in blocks:
+            x, more = self.residual(block, x, state, more)  # pyright: ignore[reportArgumentType]
+        assert more is not None, "there are blocks"
+        return x, more
+
+    def middle(self, block: WanMidBlock, x: Tensor, state: CodecState) -> Branches:
+        branches = self.residual(block.resnets[0], x, state)  # pyright: ignore[reportArgumentType]
         for attention, resnet in zip(block.attentions, block.resnets[1:]):
-            x = self.residual(resnet, attention(x), state)  # pyright: ignore[reportArgumentType]
-        return x
+            branches = self.residual(resnet, attention(summed(*branches)), state)  # pyright: ignore[reportArgumentType]
+        return branches
+
+
+def summed(x: Tensor, y: Tensor) -> Tensor:
+    """Branches added up, in the memory of the second."""
+    return y.add_(x)
 
 
 def statistics(vae: AutoencoderKLWan) -> tuple[tuple[float, ...], tuple[float, ...]]:

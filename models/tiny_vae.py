@@ -6,7 +6,8 @@ Source of the layout: github.com/madebyollin/taehv, whose `taew2_1.pth` loads as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -14,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .doubling import Weights, aligned, interleaved, phases, renew
 from .stream_codec import PICTURES_PER_LATENT, CodecState, Place
 
 
@@ -81,6 +83,7 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
             layers += [nn.Upsample(scale_factor=2), Grow(width, times)]
             layers += [nn.Conv2d(width, narrower, 3, padding=1, bias=False)]
         layers += [nn.ReLU(True), nn.Conv2d(widths[-1], 3 * patch_size**2, 3, padding=1)]
+        self.made: dict[nn.Module, Weights] = {}  # weights of layers that are run otherwise
         self.decoder = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # what convolutions want  # pyright: ignore[reportCallIssue]  (wrapped overloads)
 
     @property
@@ -96,11 +99,22 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         """
         if height % self.pixels or width % self.pixels or min(height, width) < 1:
             raise ValueError(f"height and width must be multiples of {self.pixels} pixels, got {height} x {width}")
+        with torch.no_grad():
+            renew(self.made, self._other_weights())
         places = self.places(height, width)
         shapes = {name: (batch, place.channels, place.height, place.width) for name, place in places.items()}
         return CodecState(
             {name: torch.zeros(shape, device=self.device, dtype=self.dtype) for name, shape in shapes.items()}
         )
+
+    def _other_weights(self) -> Iterator[tuple[nn.Module, Weights]]:
+        """What comes after doubling, for pictures that are not doubled yet, and what gives the colours."""
+        for before, layer in pairwise(self.decoder):
+            if isinstance(before, Grow) and isinstance(layer, nn.Conv2d):
+                yield layer, (phases(layer.weight), None)
+        last = self.decoder[-1]
+        if isinstance(last, nn.Conv2d) and last.bias is not None and last.weight.is_cuda:
+            yield last, aligned(last.weight, last.bias)
 
     def places(self, height: int, width: int) -> dict[str, Place]:
         """What every layer keeps for a stream of `height` x `width` pixels."""
@@ -142,7 +156,11 @@ class TinyVideoDecoder(ModelMixin, ConfigMixin):
         for index, layer in enumerate(self.decoder):
             if isinstance(layer, MemoryBlock):
                 x = layer(x, state.buffers[f"decoder.{index}"])
-            else:
+            elif layer in self.made:
+                weight, bias = self.made[layer]
+                x = F.conv2d(x, weight, bias, padding=1)
+                x = interleaved(x) if bias is None else x[:, : 3 * self.config["patch_size"] ** 2]
+            elif not isinstance(layer, nn.Upsample):  # doubled are only the results of the convolution that follows
                 x = layer(x)
         pictures = F.pixel_shuffle(x, self.config["patch_size"]).clamp_(0, 1).unflatten(0, (batch, -1))
         return pictures[:, PICTURES_PER_LATENT - 1 :] if starts else pictures

@@ -25,8 +25,9 @@ from ..kernels import rotary_angles
 from ..streaming.kv_cache import KVChunk, Window
 from .actions import ActionModule, Inputs
 from .attention_plans import PlannedMixin
-from .block import Block, Context, Six, modulated
+from .block import Block, Context, Six
 from .mixers import make_mixers
+from .modulation import modulated
 from .packed import PackedModelMixin
 
 # Per layer: (k, v) [B, S, H, d] of the prompt, (k, v, k, v) with an image prompt.

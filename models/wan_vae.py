@@ -11,6 +11,8 @@ Time: the first latent frame stands for 1 picture, every later one for 4. Wan 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     AutoencoderKLWan,
@@ -26,6 +28,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .doubling import Weights, interleaved, phases
 from .stream_codec import (
     PICTURES_PER_LATENT,
     CodecState,
@@ -36,6 +39,7 @@ from .stream_codec import (
     keeps_frames,
     pieces,
     pointwise,
+    summed,
 )
 
 __all__ = ["CodecState", "WanDecoder", "WanEncoder"]
@@ -90,23 +94,33 @@ class WanDecoder(StreamCodec):
         decoder = self.vae.decoder
         x = pointwise(self.vae.post_quant_conv, z.contiguous(memory_format=torch.channels_last_3d))
         x = self.convolve(decoder.conv_in, x, state)
-        x = self.middle(decoder.mid_block, x, state)
+        x, more = self.middle(decoder.mid_block, x, state)
         for block in decoder.up_blocks:
-            x = self._up(block, x, state, first)  # pyright: ignore[reportArgumentType]
-        x = self.convolve(decoder.conv_out, x, state, decoder.norm_out)
+            x, more = self._up(block, x, more, state, first)  # pyright: ignore[reportArgumentType]
+        x = self.convolve(decoder.conv_out, x, state, decoder.norm_out, more)
         if self.vae.config["patch_size"] is not None:
             x = unpatchify(x, self.vae.config["patch_size"])
         return x.clamp(-1, 1).mul_(0.5).add_(0.5).movedim(1, 2)
 
-    def _up(self, block: WanUpBlock | WanResidualUpBlock, x: Tensor, state: CodecState, first: bool) -> Tensor:
+    def _up(
+        self, block: WanUpBlock | WanResidualUpBlock, x: Tensor, more: Tensor | None, state: CodecState, first: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """A block on x + `more`, and its result in the same way."""
+        plain = isinstance(block, WanUpBlock)
+        if not plain and block.avg_shortcut is not None and more is not None:
+            x, more = summed(x, more), None
         before = x
         for resnet in block.resnets:
-            x = self.residual(resnet, x, state)  # pyright: ignore[reportArgumentType]
-        if isinstance(block, WanUpBlock):
-            return x if block.upsamplers is None else self._upsample(block.upsamplers[0], x, state, first)  # pyright: ignore[reportArgumentType]
-        if block.upsampler is not None:
-            x = self._upsample(block.upsampler, x, state, first)
-        return x if block.avg_shortcut is None else x + block.avg_shortcut(before, first_chunk=first)
+            x, more = self.residual(resnet, x, state, more)  # pyright: ignore[reportArgumentType]
+        upsampler = block.upsamplers[0] if plain and block.upsamplers is not None else None
+        if not plain:
+            upsampler = block.upsampler
+        if upsampler is not None:
+            assert more is not None, "there are blocks"
+            x, more = self._upsample(upsampler, summed(x, more), state, first), None  # pyright: ignore[reportArgumentType]
+        if plain or block.avg_shortcut is None:
+            return x, more
+        return x, block.avg_shortcut(before, first_chunk=first)
 
     def _upsample(self, layer: WanResample, x: Tensor, state: CodecState, first: bool) -> Tensor:
         if layer.mode == "upsample3d" and not first:
@@ -114,8 +128,15 @@ class WanDecoder(StreamCodec):
             images = twice.permute(0, 3, 1, 4, 5, 2).flatten(0, 2).permute(0, 3, 1, 2)
         else:
             images = as_images(x)
-        images = F.interpolate(images, scale_factor=2.0, mode="nearest-exact")
-        return as_video(layer.resample[1](images), x.shape[0])  # pyright: ignore[reportIndexIssue]
+        weight, bias = self.made[layer.resample[1]]  # pyright: ignore[reportIndexIssue]
+        return as_video(interleaved(F.conv2d(images, weight, bias, padding=1)), x.shape[0])
+
+    def other_weights(self) -> Iterator[tuple[nn.Module, Weights]]:
+        yield from super().other_weights()
+        for layer in self.half.modules():
+            if isinstance(layer, WanResample) and layer.mode.startswith("upsample"):
+                conv = layer.resample[1]  # pyright: ignore[reportIndexIssue]
+                yield conv, (phases(conv.weight), conv.bias.repeat(4))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 class WanEncoder(StreamCodec):
@@ -173,21 +194,19 @@ class WanEncoder(StreamCodec):
         x = self.convolve(encoder.conv_in, x, state)
         for block in encoder.down_blocks:
             x = self._down(block, x, state, first)
-        x = self.middle(encoder.mid_block, x, state)
-        x = self.convolve(encoder.conv_out, x, state, encoder.norm_out)
+        x, more = self.middle(encoder.mid_block, x, state)
+        x = self.convolve(encoder.conv_out, x, state, encoder.norm_out, more)
         return (pointwise(self.vae.quant_conv, x).chunk(2, dim=1)[0] - self.mean) / self.std
 
     def _down(self, block: nn.Module, x: Tensor, state: CodecState, first: bool) -> Tensor:
         if isinstance(block, WanResidualBlock):
-            return self.residual(block, x, state)
+            return summed(*self.residual(block, x, state))
         if isinstance(block, WanAttentionBlock):
             return block(x)
         if isinstance(block, WanResample):
             return self._downsample(block, x, state, first)
         assert isinstance(block, WanResidualDownBlock)
-        y = x
-        for resnet in block.resnets:
-            y = self.residual(resnet, y, state)  # pyright: ignore[reportArgumentType]
+        y = summed(*self.residuals(block.resnets, x, state))
         if block.downsampler is not None:
             y = self._downsample(block.downsampler, y, state, first)
         return y + block.avg_shortcut(x)

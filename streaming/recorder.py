@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Thread
 from types import TracebackType
 
-import torch
 from torch.nn.functional import pad
 
 from .mailbox import Bounded, Closed
+from .pixels import as_bytes, on_host
 from .types import Chunk
 
 KEYFRAME_SECONDS = 1.0  # how finely a player can seek
@@ -72,8 +72,7 @@ class Recorder:
         even = pad(
             chunk.data.detach().float(), (0, width * self.scale % 2, 0, height * self.scale % 2), mode="replicate"
         )
-        pixels = even.clamp(0, 1).mul(255).round().to(torch.uint8)
-        frames_THWC = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        frames_THWC = on_host(as_bytes(even).permute(0, 2, 3, 1)).numpy()
         for frame in frames_THWC:
             self._hand_over(frame.tobytes())
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from .pixels import as_bytes, on_host
 from .types import Chunk, Sink
 
 LONGEST_BREAK = 10.0  # seconds that an even stream fills by standing still; a longer break is cut out
@@ -102,9 +101,9 @@ class VirtualCamera:
     def write(self, chunk: Chunk) -> None:
         if chunk.kind != "video":
             return
-        pixels = chunk.data.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+        pixels = as_bytes(chunk.data)
         large = pixels.repeat_interleave(self.scale, 2).repeat_interleave(self.scale, 3)
-        for frame_HWC in large.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+        for frame_HWC in on_host(large.permute(0, 2, 3, 1)).numpy():
             if self._camera is None:
                 self._camera = self._open(frame_HWC.shape[0], frame_HWC.shape[1], chunk.rate)
             self._camera.send(frame_HWC)

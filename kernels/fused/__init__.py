@@ -10,7 +10,15 @@ from torch import Tensor
 from . import operators, reference
 from .reference import LARGEST
 
-__all__ = ["Quantized", "gate_residual", "norm_modulate", "norm_rotary", "quantize_rows", "quantized_linear"]
+__all__ = [
+    "Quantized",
+    "gate_norm",
+    "gate_residual",
+    "norm_modulate",
+    "norm_rotary",
+    "quantize_rows",
+    "quantized_linear",
+]
 
 
 class Quantized(NamedTuple):
@@ -92,9 +100,7 @@ def norm_modulate(
     _check_groups("scale", x, scale)
     if shift.shape != scale.shape:
         raise ValueError(f"shift and scale must have one shape, got {list(shift.shape)} and {list(scale.shape)}")
-    for name, part in (("weight", weight), ("bias", bias)):
-        if part is not None and part.shape != x.shape[-1:]:
-            raise ValueError(f"{name} must be [W] = [{x.shape[-1]}], got {list(part.shape)}")
+    _check_width(x, weight, bias)
     run = _choose(operators.norm_modulate, reference.norm_modulate_reference, x, shift, scale, weight, bias)
     return run(x, shift, scale, weight, bias, eps)
 
@@ -116,6 +122,39 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {list(x.shape)} and {list(y.shape)}")
     return _choose(operators.gate_residual, reference.gate_residual_reference, x, y, gate)(x, y, gate)
+
+
+def gate_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`gate_residual`, and `norm_modulate` of what it gives.
+
+    Args: as theirs. `gate` None adds y as it is; without `shift` and `scale` it is the norm alone.
+
+    Returns:
+        The sum and its norm, both [B, L, W] in `x`'s dtype. The norm is that of the sum as it is rounded.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, got {list(x.shape)} and {list(y.shape)}")
+    for name, part in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if part is not None:
+            _check_groups(name, x, part)
+    if (shift is None) != (scale is None) or (shift is not None and scale is not None and shift.shape != scale.shape):
+        raise ValueError("shift and scale must have one shape, or both be left out")
+    _check_width(x, weight, bias)
+    run = _choose(operators.gate_norm, reference.gate_norm_reference, x, y, gate, shift, scale, weight, bias)
+    return run(x, y, gate, shift, scale, weight, bias, eps)
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantized:
@@ -184,3 +223,9 @@ def _check_groups(name: str, x: Tensor, part: Tensor) -> None:
             f"{name} must be [B, G, W] or [1, G, W] for x [B, L, W], with G a divisor of L, "
             f"got {list(part.shape)} for {list(x.shape)}"
         )
+
+
+def _check_width(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and part.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must be [W] = [{x.shape[-1]}], got {list(part.shape)}")

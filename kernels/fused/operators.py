@@ -75,6 +75,44 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
+    "millstream::gate_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor)",
+)
+def gate_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    if not runs_triton(x):
+        total, out = reference.gate_norm_reference(x, y, gate, shift, scale, weight, bias, eps)
+        return total.contiguous(), out.contiguous()
+    from .triton_join import gate_norm_triton
+
+    return gate_norm_triton(x, y, gate, shift, scale, weight, bias, eps)
+
+
+@gate_norm.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
     "millstream::quantize_rows", mutates_args=(), schema="(Tensor x, ScalarType dtype, bool gelu) -> (Tensor, Tensor)"
 )
 def quantize_rows(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,23 @@ def gate_residual_reference(x_BLW: Tensor, y_BLW: Tensor, gate_BGW: Tensor) -> T
     return torch.addcmul(x, y.to(x.dtype), gate_BGW.to(x.dtype).unsqueeze(2)).flatten(1, 2).to(x_BLW.dtype)
 
 
+def gate_norm_reference(
+    x_BLW: Tensor,
+    y_BLW: Tensor,
+    gate_BGW: Tensor | None,
+    shift_BGW: Tensor | None,
+    scale_BGW: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum [B, L, W], and its norm."""
+    none = x_BLW.new_zeros((1, 1, x_BLW.shape[-1]))
+    total = gate_residual_reference(x_BLW, y_BLW, none + 1 if gate_BGW is None else gate_BGW)
+    shift, scale = (none if part is None else part for part in (shift_BGW, scale_BGW))
+    return total, norm_modulate_reference(total, shift, scale, weight, bias, eps)
+
+
 def quantize_rows_reference(x: Tensor, dtype: torch.dtype, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """Values of `dtype` and scales float32 [..., 1], so that x, or GELU(x) by tanh, is about values * scale."""
     x = torch.nn.functional.gelu(x.float(), approximate="tanh") if gelu else x.float()

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,25 +31,33 @@ def _linear_kernel(
     tile_n: tl.constexpr,
     tile_k: tl.constexpr,
     band: tl.constexpr,
+    bulk: tl.constexpr,
 ):
+    # With `bulk`, `values` and `weight` are descriptors of blocks, which the copy engine fetches by itself.
     # Programs walk down bands of `band` row tiles, so that neighbours in time share weights in the second-level cache.
     tiles_m, tiles_n = tl.cdiv(rows, tile_m), tl.cdiv(columns, tile_n)
     in_band = band * tiles_n
     first = tl.program_id(0) // in_band * band
     height = tl.minimum(tiles_m - first, band)
-    m = (first + tl.program_id(0) % in_band % height) * tile_m + tl.arange(0, tile_m)
-    n = tl.program_id(0) % in_band // height * tile_n + tl.arange(0, tile_n)
-    # Rows past the end read the last row: cheaper than a mask, and never written.
-    a_at = values + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * depth
-    b_at = weight + tl.minimum(n, columns - 1).to(tl.int64)[None, :] * depth
+    m_start = (first + tl.program_id(0) % in_band % height) * tile_m
+    n_start = tl.program_id(0) % in_band // height * tile_n
+    m, n = m_start + tl.arange(0, tile_m), n_start + tl.arange(0, tile_n)
     if whole:
         total = tl.zeros((tile_m, tile_n), tl.int32)
     else:
         total = tl.zeros((tile_m, tile_n), tl.float32)
+    if not bulk:
+        # Rows past the end read the last row: cheaper than a mask, and never written.
+        a_at = values + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * depth
+        b_at = weight + tl.minimum(n, columns - 1).to(tl.int64)[None, :] * depth
     for start in range(0, depth, tile_k):
-        k = start + tl.arange(0, tile_k)
-        a = tl.load(a_at + k[None, :], mask=(k < depth)[None, :], other=0.0)
-        b = tl.load(b_at + k[:, None], mask=(k < depth)[:, None], other=0.0)
+        if bulk:
+            a = values.load([m_start, start])
+            b = tl.trans(weight.load([n_start, start]))
+        else:
+            k = start + tl.arange(0, tile_k)
+            a = tl.load(a_at + k[None, :], mask=(k < depth)[None, :], other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+            b = tl.load(b_at + k[:, None], mask=(k < depth)[:, None], other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
         if whole:
             total = tl.dot(a, b, total, out_dtype=tl.int32)
         else:
@@ -60,22 +71,112 @@ def _linear_kernel(
     tl.store(to, result.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
+class Tiles(NamedTuple):
+    """How a product is cut: rows, columns and depth of a tile, warps, stages, and whether the copy engine fetches."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 8
+    stages: int = 3
+    bulk: bool = False
+
+
+# What is tried on Hopper for products of many rows.
+CANDIDATES = (
+    Tiles(128, 256, 128),
+    Tiles(128, 256, 128, bulk=True),
+    Tiles(128, 256, 128, stages=4, bulk=True),
+    Tiles(128, 256, 64, stages=4, bulk=True),
+    Tiles(256, 128, 128, bulk=True),
+    Tiles(128, 128, 128, stages=4, bulk=True),
+    Tiles(128, 128, 128, warps=4, stages=4, bulk=True),
+    Tiles(128, 128, 128, stages=4),
+)
+MANY = 512  # rows
+_fastest: dict[tuple[int, int, int, torch.device], Tiles] = {}
+
+
 def quantized_product_triton(
-    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    values: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tiles: Tiles | None = None,
 ) -> Tensor:
-    """`reference.quantized_product_reference`; int8 sums are exact in int32."""
+    """`reference.quantized_product_reference`; int8 sums are exact in int32, whatever the tiles.
+
+    Without `tiles`, int8 products of many rows on Hopper find their own where `torch.backends.cudnn.benchmark` asks for
+    what is fastest, as a pipeline's warm-up does: their results are the same to the bit.
+    """
     values, weight = values.contiguous(), weight.contiguous()
+    out = values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
+
+    def run(tiles: Tiles) -> None:
+        _launch(tiles, values, scale.contiguous(), weight, weight_scale.contiguous(), bias, out)
+
+    with torch.cuda.device_of(values):  # Triton launches on the current device, wherever its tensors are
+        run(tiles or _chosen(values, weight, run))
+    return out
+
+
+def _launch(
+    tiles: Tiles, values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
     (rows, depth), columns = values.shape, weight.shape[0]
-    out = values.new_empty((rows, columns), dtype=dtype)
+    if tiles.bulk:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        a, b = (
+            TensorDescriptor.from_tensor(part, [size, tiles.k]) for part, size in ((values, tiles.m), (weight, tiles.n))
+        )
+    else:
+        a, b = values, weight
+    _linear_kernel[(triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)](
+        a, scale, b, weight_scale, scale if bias is None else bias.contiguous(), out, rows, columns, depth,
+        bias is not None, values.dtype == torch.int8, tiles.m, tiles.n, tiles.k, 8, tiles.bulk,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+def _chosen(values: Tensor, weight: Tensor, run: Callable[[Tiles], None]) -> Tiles:
+    (rows, depth), columns = values.shape, weight.shape[0]
+    key = rows, columns, depth, values.device
+    wanted = values.dtype == torch.int8 and rows >= MANY and depth % 16 == 0 and values.is_cuda
+    if wanted and key not in _fastest and torch.backends.cudnn.benchmark and _may_time(values.device):
+        _fastest[key] = fastest(run)
+    if key in _fastest and wanted:
+        return _fastest[key]
     # The largest tiles of which there are enough for every multiprocessor of an H100.
     tiles = rows * columns // (132 * 128 * 128)
-    tile_m, tile_n, tile_k, warps = (
-        (128, 256, 128, 8) if tiles >= 4 else (128, 128, 128, 8) if tiles else (64, 64, 64, 4)
-    )
-    with torch.cuda.device_of(values):  # Triton launches on the current device, wherever its tensors are
-        _linear_kernel[(triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n),)](
-            values, scale.contiguous(), weight, weight_scale.contiguous(), scale if bias is None else bias.contiguous(),
-            out, rows, columns, depth, bias is not None, values.dtype == torch.int8, tile_m, tile_n, tile_k, 8,
-            num_warps=warps, num_stages=3,
-        )  # fmt: skip
-    return out
+    return Tiles(128, 256, 128) if tiles >= 4 else Tiles(128, 128, 128) if tiles else Tiles(64, 64, 64, warps=4)
+
+
+def _may_time(device: torch.device) -> bool:
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and not torch.cuda.is_current_stream_capturing()
+
+
+def fastest(run: Callable[[Tiles], None]) -> Tiles:
+    """The candidate that takes the least time; one that this Triton cannot compile is left out."""
+    taken: dict[Tiles, float] = {}
+    for tiles in CANDIDATES:
+        try:
+            run(tiles)
+            taken[tiles] = min(_milliseconds(lambda: run(tiles)) for _ in range(3))  # noqa: B023 (called at once)
+        except (RuntimeError, ImportError, triton.CompilationError, triton.OutOfResources):
+            if tiles == CANDIDATES[0]:
+                raise
+    return min(taken, key=taken.__getitem__)
+
+
+def _milliseconds(call: Callable[[], None], count: int = 10) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / count

@@ -10,29 +10,38 @@ from .reference import norm_silu_reference
 __all__ = ["norm_silu"]
 
 
-def norm_silu(x: Tensor, gamma: Tensor, *, out: Tensor) -> None:
+def norm_silu(x: Tensor, gamma: Tensor, *, out: Tensor, kept: Tensor | None = None, more: Tensor | None = None) -> None:
     """silu(x / |x| sqrt(C) gamma) into `out`, where |x| is the length of a place's channels.
 
-    On a GPU it is one kernel where both tensors lie channels-last; their other strides may be any, so `out` may be a
-    part of a larger buffer, as it is where a codec lays new frames beside kept ones.
+    On a GPU it is one kernel where tensors lie channels-last; `out` may be a part of a larger buffer.
 
     Args:
         x: [B, C, T, H, W], any floating dtype. Arithmetic is in float32, rounded once there (and once between norm and
             SiLU in PyTorch).
         gamma: C numbers, of any shape.
-        out: where the result goes, of x's shape; not `x` itself.
+        out: where the result goes, of x's shape; not `x` itself. With `kept` it has K frames more, in front.
+        kept: [B, C, K, H, W], the last K frames that went to `out` before: they are laid in front of the new ones, and
+            are then the last K frames of `out`, as a causal convolution wants it.
+        more: is added to x first; holds the sum afterwards. Of x's shape and dtype.
 
     Raises:
         ValueError: shapes that do not belong together.
     """
-    if x.ndim != 5 or out.shape != x.shape or gamma.numel() != x.shape[1]:
+    held = 0 if kept is None else kept.shape[2]
+    wanted = (*x.shape[:2], x.shape[2] + held, *x.shape[3:]) if x.ndim == 5 else ()
+    if x.ndim != 5 or out.shape != wanted or gamma.numel() != x.shape[1]:
         raise ValueError(
-            f"norm_silu wants x and out of one shape [B, C, T, H, W] and C numbers of gamma, got x {list(x.shape)}, "
-            f"out {list(out.shape)} and gamma {list(gamma.shape)}"
+            "norm_silu wants x and out of one shape [B, C, T, H, W], out with room for the kept frames, and C numbers "
+            f"of gamma, got x {list(x.shape)}, out {list(out.shape)}, {held} kept and gamma {list(gamma.shape)}"
         )
-    if runs_triton(x) and x.stride(1) == out.stride(1) == 1 and x.numel():
-        from .triton import norm_silu_triton
+    if kept is not None and kept.shape != (*x.shape[:2], held, *x.shape[3:]):
+        raise ValueError(f"kept frames must be like those of x {list(x.shape)}, got {list(kept.shape)}")
+    if more is not None and (more.shape, more.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"what is added must be like x {list(x.shape)}, {x.dtype}, got {list(more.shape)}")
+    if runs_triton(x):
+        from .triton import norm_silu_triton, serves
 
-        norm_silu_triton(x, gamma, out)
-    else:
-        norm_silu_reference(x, gamma, out)
+        if serves(x, out, kept, more):
+            norm_silu_triton(x, gamma, out, kept, more)
+            return
+    norm_silu_reference(x, gamma, out, kept, more)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from millstream.kernels import apply_rotary, rotary_angles
 from millstream.kernels.fused import (
     Quantized,
+    gate_norm,
     gate_residual,
     norm_modulate,
     norm_rotary,
@@ -63,6 +64,20 @@ def test_norm_modulate_and_gate_residual_are_their_formulas(dtype, groups):
     seen = gate_residual(x, y, gate)
     assert seen.dtype == dtype
     torch.testing.assert_close(seen.double(), x.double() + y.double() * each[2], **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate_norm_is_the_sum_and_the_norm_of_what_is_stored(dtype):
+    x, y = draw(0, 2, 30, 48, dtype=dtype), draw(1, 2, 30, 48, dtype=dtype)
+    shift, scale, gate = draw(2, 2, 5, 3, 48).unbind(2)
+    weight, bias = draw(5, 48), draw(6, 48)
+    total, normal = gate_norm(x, y, gate, shift=shift, scale=scale, eps=1e-3)
+    assert torch.equal(total, gate_residual(x, y, gate))
+    assert torch.equal(normal, norm_modulate(total, shift, scale, eps=1e-3))
+    total, normal = gate_norm(x, y, None, weight=weight, bias=bias)
+    assert torch.equal(total, x + y)
+    none = torch.zeros(1, 1, 48)
+    assert torch.equal(normal, norm_modulate(total, none, none, weight=weight, bias=bias))
 
 
 def test_one_row_of_modulation_serves_all():
@@ -120,6 +135,8 @@ def test_the_operators_pass_pytorchs_own_checks():
     torch.library.opcheck(ops.norm_rotary, (x, draw(1, 16), cos, sin, 2, 1e-6, torch.randperm(6)))
     torch.library.opcheck(ops.norm_modulate, (x, group, group, None, None, 1e-6))
     torch.library.opcheck(ops.gate_residual, (x, x, group))
+    torch.library.opcheck(ops.gate_norm, (x, x, group, group, group, None, None, 1e-6))
+    torch.library.opcheck(ops.gate_norm, (x, x, None, None, None, draw(2, 16), draw(3, 16), 1e-6))
     for dtype in EIGHT_BITS:
         # The schema check multiplies results by numbers, which the CPU can't do in float8.
         checks = ["test_faketensor", "test_autograd_registration"] + ["test_schema"] * (dtype == torch.int8)
@@ -147,6 +164,13 @@ def test_what_does_not_fit_is_refused_with_what_was_seen_and_wanted():
         norm_modulate(x, draw(1, 2, 1, 16), draw(1, 2, 1, 16), weight=draw(1, 8))
     with pytest.raises(ValueError, match=r"got \[2, 6, 16\] and \[2, 3, 16\]"):
         gate_residual(x, x[:, :3], draw(1, 2, 1, 16))
+    group = draw(1, 2, 3, 16)
+    with pytest.raises(ValueError, match=r"got \[2, 6, 16\] and \[2, 3, 16\]"):
+        gate_norm(x, x[:, :3], group)
+    with pytest.raises(ValueError, match=r"shift and scale must have one shape, or both be left out"):
+        gate_norm(x, x, group, shift=group)
+    with pytest.raises(ValueError, match=r"bias must be \[W\] = \[16\], got \[8\]"):
+        gate_norm(x, x, group, bias=draw(1, 8))
     with pytest.raises(TypeError, match=r"got torch.float16"):
         quantize_rows(x, torch.float16)
     with pytest.raises(ValueError, match=r"\[N, 16\] with scales \[N, 1\], got \[4, 8\] and \[4, 1\]"):
@@ -162,7 +186,8 @@ import torch
 from millstream.kernels import rotary_angles
 from millstream.kernels.fused import reference as plain
 from millstream.kernels.fused import triton as fast
-from millstream.kernels.fused.triton_linear import quantized_product_triton
+from millstream.kernels.fused.triton_join import gate_norm_triton
+from millstream.kernels.fused.triton_linear import Tiles, quantized_product_triton
 
 generator = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(shape, generator=generator)
@@ -183,10 +208,15 @@ for heads, dim in ((1, 16), (3, 12), (2, 40)):
             close(fast.norm_modulate_triton(*arguments), plain.norm_modulate_reference(*arguments))
             arguments = x, shift[:1], scale[:1], weight, bias, 1e-6
             close(fast.norm_modulate_triton(*arguments), plain.norm_modulate_reference(*arguments))
+        for gate in (None, scale, scale[:1]):
+            for parts in ((shift, scale, None, None), (None, None, draw(heads * dim), draw(heads * dim))):
+                arguments = x, y, gate, *parts, 1e-6
+                for seen, wanted in zip(gate_norm_triton(*arguments), plain.gate_norm_reference(*arguments)):
+                    close(seen, wanted)
         for gate in (scale, scale[:1]):
             close(fast.gate_residual_triton(x, y, gate), plain.gate_residual_reference(x, y, gate))
 for dtype in (torch.int8, torch.float8_e4m3fn):
-    for rows, columns, depth in ((1, 1, 16), (70, 33, 40), (5, 130, 200)):
+    for rows, columns, depth in ((1, 1, 16), (70, 33, 40), (5, 130, 200), (70, 33, 80)):
         x, weight = draw(rows, depth), draw(columns, depth)
         x[0] = 0
         seen, wanted = fast.quantize_rows_triton(x, dtype), plain.quantize_rows_reference(x, dtype)
@@ -204,7 +234,12 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
         assert (off <= (1 if dtype == torch.int8 else bent.float().abs()[sure] / 8 + 2**-9)).all()  # a step at most
         for bias in (None, draw(columns)):
             arguments = *wanted, *plain.quantize_rows_reference(weight, dtype), bias, torch.float32
-            close(quantized_product_triton(*arguments), plain.quantized_product_reference(*arguments))
+            product = quantized_product_triton(*arguments)
+            close(product, plain.quantized_product_reference(*arguments))
+            for tiles in (Tiles(32, 64, 32), Tiles(64, 32, 64, bulk=True)) if depth % 16 == 0 else ():
+                other = quantized_product_triton(*arguments, tiles)
+                close(other, product)
+                assert dtype != torch.int8 or torch.equal(other, product)
 print("equal")
 """
 
@@ -239,12 +274,25 @@ def test_cuda_rounds_once(size, dtype):
         lambda x, y: norm_rotary(x, weight.to(x.dtype), cos, sin, heads=heads, permutation=order),
         lambda x, y: norm_modulate(x, shift, scale),
         lambda x, y: gate_residual(x, y, gate),
+        lambda x, y: gate_norm(x, y, gate, shift=shift, scale=scale)[0],
     ):
         exact = _exact(run, x, y)
         seen = run(x, y)
         assert seen.dtype == dtype
         least = (exact.to(dtype).double() - exact).norm() / exact.norm()
         assert (seen.double() - exact).norm() / exact.norm() < 1.2 * least + 1e-6
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@torch.no_grad()
+def test_cuda_joins_a_branch_and_norms_it_as_one_after_the_other_does(dtype):
+    x, y = (draw(i, 1, 4680, 1536, dtype=dtype).cuda() for i in range(2))
+    shift, scale, gate = draw(3, 1, 3, 3, 1536).cuda().unbind(2)
+    total, normal = gate_norm(x, y, gate, shift=shift, scale=scale)
+    near = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 4e-2, "rtol": 1e-2}
+    torch.testing.assert_close(total, gate_residual(x, y, gate), **near)
+    torch.testing.assert_close(normal, norm_modulate(total, shift, scale), **near)
 
 
 def _exact(run, x, y):
@@ -275,6 +323,25 @@ def test_cuda_quantises_and_multiplies_as_the_reference_does(dtype, size):
     assert (quantized_linear(x.bfloat16(), packed, bias, gelu=True) - bent).norm() / bent.norm() < 0.02
     plain = F.linear(x, weight, bias)
     assert (seen.float() - plain).norm() / plain.norm() < (0.015 if dtype == torch.int8 else 0.045)
+
+
+@gpu
+@torch.no_grad()
+def test_cuda_products_in_any_tiles_are_the_same_and_a_warm_up_finds_the_fastest(monkeypatch):
+    from millstream.kernels.fused import triton_linear as linear
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("tiles are tried on Hopper")
+    rows, columns = (
+        quantize_rows(draw(i, *size).cuda(), torch.int8) for i, size in enumerate([(4680, 1536), (1000, 1536)])
+    )
+    arguments = *rows, *columns, draw(2, 1000).cuda(), torch.bfloat16
+    expected = linear.quantized_product_triton(*arguments)
+    for tiles in linear.CANDIDATES:
+        assert torch.equal(linear.quantized_product_triton(*arguments, tiles), expected), tiles
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    assert torch.equal(linear.quantized_product_triton(*arguments), expected)
+    assert linear._fastest[4680, 1000, 1536, rows.values.device] in linear.CANDIDATES
 
 
 @gpu

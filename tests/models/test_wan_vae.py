@@ -7,7 +7,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
+from millstream.models.doubling import aligned, interleaved, phases
 from millstream.models.wan_vae import CodecState, WanDecoder, WanEncoder
 
 KINDS = {
@@ -208,6 +210,39 @@ def test_the_cache_at_full_size_is_as_large_as_published():
     assert sum(place.elements for place in decoder.places(480, 832).values()) == 944_286_720
     assert len(decoder.places(480, 832)) == 32
     assert len(WanEncoder(vae).places(480, 832)) == 24 + 1, "and one for waiting pictures"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4)])
+@pytest.mark.parametrize("channels", [3, 8])
+def test_a_convolution_after_doubling_is_four_before(size, channels):
+    x, weight, bias = torch.randn(2, 5, *size), torch.randn(channels, 5, 3, 3), torch.randn(channels)
+    doubled = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
+    seen = interleaved(F.conv2d(x, phases(weight), bias.repeat(4), padding=1))
+    assert seen.is_contiguous(memory_format=torch.channels_last)
+    close(seen, F.conv2d(doubled, weight, bias, padding=1))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (3, 3, 3)])
+def test_outputs_of_nothing_change_no_other(kernel):
+    convolve = F.conv2d if len(kernel) == 2 else F.conv3d
+    x, weight, bias = torch.randn(1, 5, *kernel), torch.randn(3, 5, *kernel), torch.randn(3)
+    more, more_bias = aligned(weight, bias)
+    seen = convolve(x, more, more_bias)
+    assert seen.shape[1] == 8
+    assert not seen[:, 3:].any()
+    close(seen[:, :3], convolve(x, weight, bias))
+
+
+def test_changed_weights_are_seen_by_the_next_stream_at_the_same_address(vae, latents):
+    vae = make("2.2" if vae.config.is_residual else "2.1")
+    decoder = WanDecoder(vae)
+    decoder.begin(*SIZE)
+    before = [part.data_ptr() for pair in decoder.made.values() for part in pair if part is not None]
+    for parameter in vae.decoder.parameters():
+        parameter.data.mul_(1.1)
+    state = decoder.begin(*SIZE)
+    assert [part.data_ptr() for pair in decoder.made.values() for part in pair if part is not None] == before
+    close(decoder.decode(latents, state), decoded_whole(vae, latents))
 
 
 def test_bfloat16_stays_near_float32(vae, latents):
