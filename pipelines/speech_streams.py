@@ -25,7 +25,8 @@ from .speech_state import SpeechState, fill, to_leaves
 
 CHUNK_SECONDS = 0.08
 PHRASE_WORDS = 8  # a shorter phrase is planned with the next
-WAITING_CHARACTERS = 20_000  # of words that wait to be spoken
+MOST_WORDS = 60  # who does not rest for so long is made to
+WAITING_CHARACTERS = 100_000  # of words that wait to be spoken
 
 
 class SpeechStreams:
@@ -178,9 +179,11 @@ def draw_seed(generator: torch.Generator | None) -> int:
 
 
 def first_phrase(words: str) -> tuple[str, str]:
-    """Words up to the first rest after `PHRASE_WORDS`, and the others."""
+    """Words up to the first rest after `PHRASE_WORDS`, at most `MOST_WORDS`, and the others."""
     parts = words.split()
     for place, word in enumerate(parts):
         if word == REST and place >= PHRASE_WORDS:
             return " ".join(parts[:place]), " ".join(parts[place + 1 :])
+        if place == MOST_WORDS:
+            return " ".join(parts[:place]), " ".join(parts[place:])
     return words, ""

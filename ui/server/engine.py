@@ -118,7 +118,7 @@ class Engine:
         paced = [seat for seat in waiting if seat.paced]
         beat = min((seat.due for seat in paced if seat.due is not None and seat.due > now), default=now)
         for seat in paced:
-            seat.due = beat if seat.due is None else seat.due
+            seat.due = beat - seat.ahead if seat.due is None else seat.due
         ready = [seat for seat in waiting if not seat.paced or (seat.due or 0) <= now]
         if not ready:
             return [], min((seat.due for seat in paced if seat.due is not None), default=None)
