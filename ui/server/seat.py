@@ -154,7 +154,9 @@ class Seat:
         seconds = self.step_seconds = duration(chunks)
         due = self.due
         if due is not None:
-            self.due = max(due + seconds, now - max(seconds, self.ahead))  # late by up to one step's media is made up for
+            self.due = max(
+                due + seconds, now - max(seconds, self.ahead)
+            )  # late by up to one step's media is made up for
         viewer, recording = self.viewer, self.recording
         for chunk in chunks:
             self.position = chunk.start / chunk.rate + duration([chunk])

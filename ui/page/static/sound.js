@@ -32,7 +32,10 @@ export class Sound {
     this.connection = new Connection(socketUrl("sound"), () => ({ mode: "play", ...(this.resume && { resume: this.resume }) }));
     const on = (name, handle) => this.connection.addEventListener(name, ({ detail }) => handle.call(this, detail));
     on("welcome", this.welcomed);
-    on("state", this.render);
+    on("state", ({ name }) => {
+      if (name === "ended") this.speaking = false;
+      this.render();
+    });
     on("sound", this.arrived);
     on("said", this.said);
     on("refused", ({ message }) => this.notice(message, "bad"));
