@@ -154,9 +154,8 @@ class Seat:
         seconds = self.step_seconds = duration(chunks)
         due = self.due
         if due is not None:
-            self.due = max(
-                due + seconds, now - max(seconds, self.ahead)
-            )  # late by up to one step's media is made up for
+            # late by up to one step's media is made up for, and sound until it is ahead again
+            self.due = max(due + seconds, now - max(seconds, self.ahead))
         viewer, recording = self.viewer, self.recording
         for chunk in chunks:
             self.position = chunk.start / chunk.rate + duration([chunk])
