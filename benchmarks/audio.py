@@ -1,7 +1,7 @@
 """Sound: how fast it is made and coded, and whether streams equal the whole.
 
-    python benchmarks/audio.py [--only masked,codec,published,frames,speech,soak] [--model DIR] [--threads N] [--seconds 400]
-        [--minutes 10] [--device cpu] [--out audio.json]
+    python benchmarks/audio.py [--only masked,codec,published,frames,speech,soak] [--model DIR] [--threads N]
+        [--seconds 400] [--minutes 10] [--device cpu] [--out audio.json]
 
 Prints one JSON object; times are seconds, a real-time factor is computing time per second of sound (below 1 keeps up).
 
