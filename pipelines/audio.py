@@ -63,6 +63,7 @@ class AudioPipeline(SpeechStreams, DiffusionPipeline):
         self.register_modules(transformer=transformer, codec=codec, pronouncer=pronouncer, scheduler=scheduler)
         self.register_to_config(temperature=temperature)
         self.temperature = temperature
+        self.rate = self.codec.frame_rate / self.frames_per_chunk
         self._sharing = RLock()
 
     @classmethod

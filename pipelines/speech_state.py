@@ -60,7 +60,7 @@ def fill(state: SpeechState, leaves: Leaves) -> SpeechState:
     Raises:
         ValueError: these are not the leaves of speech, or another model's.
     """
-    plain = {name: value for name, value in leaves.items() if "." not in name}
+    plain: dict[str, Any] = {name: value for name, value in leaves.items() if "." not in name}
     if plain.keys() != {*PLAIN, *TENSORS}:
         raise ValueError(f"this is not the snapshot of speech: it holds {', '.join(sorted(leaves)[:8])}")
     for name, kind in (*PLAIN.items(), *((name, Tensor) for name in TENSORS)):

@@ -37,6 +37,7 @@ class SpeechStreams:
     pronouncer: Any
     scheduler: Any
     temperature: float
+    rate: float  # chunks per second of sound
     _sharing: RLock  # sessions may run on threads of their own, and the pronouncer keeps words that it has met
 
     @property
@@ -57,11 +58,6 @@ class SpeechStreams:
     def frames_per_chunk(self) -> int:
         """Frames of latents in 80 ms."""
         return max(1, round(CHUNK_SECONDS * self.codec.frame_rate))
-
-    @property
-    def rate(self) -> float:
-        """Chunks per second of sound."""
-        return self.codec.frame_rate / self.frames_per_chunk
 
     @property
     def delay(self) -> int:
