@@ -18,8 +18,8 @@ from audio_streams import SENTENCES
 
 from millstream.pipelines.audio import AudioPipeline
 from millstream.streaming import JitterBuffer
+from millstream.ui.server.seat import AHEAD_SECONDS
 
-AHEAD = 0.4  # seconds of sound that the server makes before they are due
 BLOCK = 0.01  # seconds that a device takes at a time
 
 
@@ -47,7 +47,7 @@ def soak(device: torch.device, folder: str | None, minutes: float) -> dict[str, 
     rate, process, texts = pipe.sampling_rate, psutil.Process(), cycle(SENTENCES)
     pipe(SENTENCES[0])  # warms up
     buffer = JitterBuffer(rate)
-    block, ahead = round(BLOCK * rate), round(AHEAD * rate)
+    block, ahead = round(BLOCK * rate), round(AHEAD_SECONDS * rate)
     clock, heard_until, worked, longest, memory = 0.0, 0.0, 0.0, 0.0, []
     with pipe.stream(next(texts), generator=torch.Generator().manual_seed(0)) as session:
         while buffer.position < 60 * minutes:

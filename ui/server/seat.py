@@ -25,7 +25,7 @@ from .settings import Settings
 
 REMEMBERED_TIMES = 64  # camera pictures that may be inside the pipeline at once
 MOST_STEPS_OWED = 32
-AHEAD_SECONDS = 0.4  # of sound that is sent before it is due: a gap in it is not forgiven, unlike a late picture
+AHEAD_SECONDS = 1.0  # of sound that is sent before it is due: a gap in it is not forgiven, unlike a late picture
 
 
 class Seat:

@@ -10,7 +10,7 @@ import torch
 
 from millstream.pipelines.audio import AudioPipeline
 from millstream.ui.server.protocol import AUDIO_HEADER, PCM_S16
-from millstream.ui.server.seat import Seat
+from millstream.ui.server.seat import AHEAD_SECONDS, Seat
 from millstream.ui.server.settings import Settings
 from millstream.ui.server.speaking import Speaking
 
@@ -125,14 +125,20 @@ def test_a_server_without_speech_has_no_such_socket(serve, client) -> None:
 
 
 def test_sound_is_drawn_ahead_and_no_further(speech) -> None:
-    """The clock of a seat: 0.4 s at once, then in real time."""
+    """The clock of a seat: a second at once, then in real time."""
 
     class Listener:
         def hear(self, chunk) -> None: ...
 
         def said(self) -> None: ...
 
-    seat = Seat(Speaking(speech), Settings(history_seconds=0.0), prompt="hello there my friend", seed=0, mode="play")
+    seat = Seat(
+        Speaking(speech),
+        Settings(history_seconds=0.0),
+        prompt="hello there my friend, how do you do; it is so good to see you",
+        seed=0,
+        mode="play",
+    )
     seat.viewer, now = Listener(), 100.0
     seat.start()
     seat.due = now - seat.ahead
@@ -140,7 +146,7 @@ def test_sound_is_drawn_ahead_and_no_further(speech) -> None:
     while seat.due is not None and seat.due <= now:
         seat.drew(seat.session.step(), now)
         steps += 1
-    assert steps == 6  # 0.4 s, and what is heard meanwhile
+    assert steps == int(AHEAD_SECONDS * speech.rate) + 1
     while seat.ready:
         seat.drew(seat.session.step(), now)
     assert seat.due is None  # the next words come at once again
