@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .pipelines.audio import AudioPipeline
     from .pipelines.image import ImagePipeline
     from .pipelines.live_image import LiveImagePipeline
     from .pipelines.video import VideoPipeline
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .ui.window import Window
 
 __all__ = [
+    "AudioPipeline",
     "Camera",
     "Chunk",
     "Control",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
+    "AudioPipeline": ".pipelines.audio",
     "ImagePipeline": ".pipelines.image",
     "LiveImagePipeline": ".pipelines.live_image",
     "VideoPipeline": ".pipelines.video",

@@ -57,7 +57,7 @@ def serve_page(ready: Connection, model: str | None) -> None:
     app = create_app(pipe, page=PageSettings(model=model or "nothing"))
     listener = listen("127.0.0.1", 0)
     ready.send(listener.getsockname()[1])
-    make_server(app, app.state.sessions, None).run(sockets=[listener])
+    make_server(app, None).run(sockets=[listener])
 
 
 def write_film(path: Path) -> None:

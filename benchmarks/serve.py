@@ -92,7 +92,7 @@ def serve(ready: Connection, rate: float, size: tuple[int, int], max_sessions: i
     app = create_app(pipe, Settings(max_sessions=max_sessions, idle_seconds=3600))
     listener = listen("127.0.0.1", 0)
     ready.send(listener.getsockname()[1])
-    make_server(app, app.state.sessions, None).run(sockets=[listener])
+    make_server(app, None).run(sockets=[listener])
 
 
 @contextmanager

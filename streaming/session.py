@@ -131,10 +131,15 @@ class Session(Generic[State, ControlT]):
             return self.pipeline.flush(self._states[0]) if self._states else ()
 
     def reset(self) -> None:
-        """Begin anew under the current control, with the generator's next seed. Waits for a running step."""
+        """Begin anew under the current control, with the generator's next seed. Waits for a running step.
+
+        What was only for the next step (mouse movement, words to speak) is forgotten with the stream.
+        """
         with self._owning:
             self._check_open()
             _end(self.pipeline, self._states)
+            with self._steering:
+                self._unread = self._control.held()
 
     def _begun(self) -> State:
         self._check_open()

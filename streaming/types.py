@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MAX_PROMPT_CHARACTERS = 2000
+MAX_TEXT_CHARACTERS = 5000  # that wait to be spoken: five minutes
 
 
 class EndOfStream(Exception):
@@ -208,7 +209,10 @@ class GameControl(VideoControl):
 
 @dataclass(frozen=True, slots=True)
 class SpeechControl(Control):
-    """The text to speak so far, and the voice that speaks it."""
+    """Words to speak after those before, and the voice that speaks them.
+
+    `merged` keeps every word: texts that come between two steps follow each other. A step that has read them has them.
+    """
 
     text: str = ""
     voice: str = ""
@@ -218,6 +222,17 @@ class SpeechControl(Control):
         for name in ("text", "voice"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {type(getattr(self, name)).__name__}")
+        if len(self.text) > MAX_TEXT_CHARACTERS:
+            raise ValueError(
+                f"the text has {len(self.text):,} characters; at most {MAX_TEXT_CHARACTERS:,} are read at once, so "
+                "append the rest while it speaks"
+            )
+
+    def merged(self, newer: Self) -> Self:
+        return replace(newer, text=f"{self.text} {newer.text}".strip())
+
+    def held(self) -> Self:
+        return replace(self, text="")
 
 
 State = TypeVar("State")

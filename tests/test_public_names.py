@@ -12,6 +12,7 @@ import pytest
 import millstream as ms
 
 NAMES = [
+    "AudioPipeline",
     "Camera",
     "Chunk",
     "Control",
@@ -50,7 +51,7 @@ def test_editors_see_the_same_names() -> None:
 
 
 def test_unknown_name_is_refused_with_the_list() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'Wordl'; it has Camera, .*WorldPipeline"):
+    with pytest.raises(AttributeError, match=r"no attribute 'Wordl'; it has AudioPipeline, .*WorldPipeline"):
         ms.Wordl  # noqa: B018
 
 

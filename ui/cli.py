@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .commands import bench, demo, image, info, live, play, run, serve, train
+from .commands import bench, demo, image, info, live, play, run, say, serve, train
 
 # What a user can cause and mend: a wrong value, a path, a package that isn't installed. Anything else is a defect of
 # millstream and keeps its traceback.
@@ -31,7 +31,7 @@ def parser() -> Parser:
     root = Parser(prog="millstream", description="Live generative media: made while you watch and steer it.")
     root.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (demo, run, image, play, live, serve, info, bench, train):
+    for command in (demo, run, image, say, play, live, serve, info, bench, train):
         command.add(subparsers)
     return root
 

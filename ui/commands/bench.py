@@ -1,4 +1,4 @@
-"""`millstream bench`: how fast a world is drawn here, end to end and part by part."""
+"""`millstream bench`: how fast a world is drawn here, or how fast a text is spoken."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import json
 import time
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..keys import KeyScript
 from ..machine import machine, peak_memory, versions
+from ..speech import MODEL as SPEECH
 from ..world import attend_as, check_prompt, load_world, positive_integer
 from .demo import PROMPTS, WALK
 from .run import add_world_options
@@ -17,12 +19,19 @@ from .run import add_world_options
 if TYPE_CHECKING:
     from ...pipelines.world import WorldPipeline
 
+SENTENCE = "Hello there. This is how I sound when I read a line or two, on a machine such as yours."
+SPEECH_NUMBERS = (
+    *("time_to_first_sound", "real_time_factor", "underruns", "sound_seconds"),
+    *("step_p50", "step_p95", "step_p99"),
+)
 WARM_UP = 20  # steps not counted: caches fill, kernels are compiled
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command."""
-    parser = subparsers.add_parser("bench", help="measure frames per second, step times and memory on this machine")
+    parser = subparsers.add_parser(
+        "bench", help="measure frames per second (of --model speech, first sound), step times and memory here"
+    )
     parser.add_argument("prompt", nargs="?", default=PROMPTS[0], help="default: %(default)s")
     parser.add_argument("--frames", type=positive_integer, default=200, help="frames to measure (default: 200)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -32,6 +41,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
+    if is_speech(arguments.model):
+        return run_speech(arguments)
     check_prompt(arguments.prompt)
     start = time.perf_counter()
     pipe = load_world(arguments.model, arguments.device)
@@ -81,6 +92,46 @@ def measure(pipe: WorldPipeline, prompt: str, frames: int, *, steps: int | None,
         "peak_memory": peak_memory(),
         "peak_accelerator_memory": torch.cuda.max_memory_allocated(pipe.device) if on_gpu else None,
     }
+
+
+def is_speech(model: str) -> bool:
+    """Is this a speaking model, by its name or its folder?"""
+    index = Path(model).expanduser() / "model_index.json"
+    known = index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "AudioPipeline"
+    return model == SPEECH or known
+
+
+def run_speech(arguments: argparse.Namespace) -> int:
+    """Speak the prompt, or a text of our own, and print how it went."""
+    import torch
+
+    from ..speech import load_speech, told
+
+    start = time.perf_counter()
+    pipe = load_speech(arguments.model, arguments.device)
+    loading = time.perf_counter() - start
+    text = SENTENCE if arguments.prompt == PROMPTS[0] else arguments.prompt
+    pipe(text, generator=torch.Generator().manual_seed(arguments.seed))
+    with pipe.stream(text, generator=torch.Generator().manual_seed(arguments.seed)) as session:
+        for chunk in session.chunks():
+            session.metrics.delivered(chunk)
+    metrics = session.metrics
+    report = {
+        "command": "millstream bench",
+        "model": arguments.model,
+        "device": str(pipe.device),
+        "load_seconds": loading,
+        **{name: metrics.as_dict()[name] for name in SPEECH_NUMBERS},
+        "peak_memory": peak_memory(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"{arguments.model} on {pipe.device}: {told(metrics)}")
+        print(f"loaded in {loading:.1f} s, {report['peak_memory'] / 1e6:.0f} MB at most, {metrics.sound_seconds:.1f} s")
+    return 0
 
 
 def percentile(ascending: list[float], percent: int) -> float:

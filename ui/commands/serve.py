@@ -8,6 +8,8 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..speech import MODEL as SPEECH
+from ..speech import has_speech, load_speech
 from ..video import add_video_options, is_video_model, load_video
 from ..world import load_world, pick_device, positive_integer, positive_seconds
 from .image import image_loader
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     import uvicorn
 
     from ..server.contract import Servable
-    from ..server.sessions import Sessions
     from ..server.settings import Settings
 
 MODEL = "freedoom"
@@ -107,11 +108,13 @@ def run(arguments: argparse.Namespace) -> int:
             pipeline=lambda: app.state.sessions.pipe,
             load=Swap(lambda: app.state.sessions, load),
             image=image_loader(arguments.device),
+            speech=has_speech(),
         )
-        app = create_app(load(settings.model, settings.recipe, settings.preset), settings, page=page)
+        speech = load_speech(SPEECH, arguments.device) if has_speech() else None
+        app = create_app(load(settings.model, settings.recipe, settings.preset), settings, page=page, speech=speech)
         address = address_of(settings, listener.getsockname()[1])
         print_welcome(settings, address)
-        make_server(app, app.state.sessions, address if arguments.open else None).run(sockets=[listener])
+        make_server(app, address if arguments.open else None).run(sockets=[listener])
     finally:
         listener.close()
     return 0
@@ -261,7 +264,7 @@ def print_welcome(settings: Settings, address: str) -> None:
     print("Ctrl-C ends the server", flush=True)
 
 
-def make_server(app, sessions: Sessions, open_address: str | None) -> uvicorn.Server:
+def make_server(app, open_address: str | None) -> uvicorn.Server:
     """Uvicorn, that says goodbye to every client and finishes every recording before it goes."""
     import uvicorn
 
@@ -274,7 +277,8 @@ def make_server(app, sessions: Sessions, open_address: str | None) -> uvicorn.Se
                 webbrowser.open(open_address)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await sessions.close()
+            for sessions in app.state.rooms:
+                await sessions.close()
             await super().shutdown(sockets=sockets)
 
     config = uvicorn.Config(

@@ -30,6 +30,7 @@ HEAD = """
 <link rel="stylesheet" href="page/page.css">
 <link rel="stylesheet" href="page/stage.css">
 <link rel="stylesheet" href="page/generate.css">
+<link rel="stylesheet" href="page/sound.css">
 <link rel="modulepreload" href="page/main.js">
 <link rel="icon" type="image/svg+xml" href="page/icon.svg">
 <meta name="theme-color" media="(prefers-color-scheme: light)" content="#f7f8f6">
@@ -49,7 +50,7 @@ def build_page(settings: PageSettings) -> gradio.Blocks:
 
     with gr.Blocks(title="millstream", analytics_enabled=False, fill_width=True, delete_cache=CACHE_SECONDS) as page:
         gr.HTML(
-            (STATIC / "page.html").read_text(encoding="utf-8"),
+            (STATIC / "page.html").read_text(encoding="utf-8").replace("SPEECH", "yes" if settings.speech else "no"),
             elem_id="ms-page",
             js_on_load=START,
             apply_default_css=False,

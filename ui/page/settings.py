@@ -18,6 +18,7 @@ class PageSettings:
         recipes, presets: what else the picker offers.
         pipeline: gives the pipeline that Generate calls; None leaves Generate with a sentence that says so.
         image: gives the pipeline that Image draws with, an `ImagePipeline`; None leaves Image with a sentence.
+        speech: does the server speak, so that Sound can be offered?
         load: (model, recipe, preset) -> None swaps what is served, or raises `ValueError`, `OSError` or `ImportError`
             with a sentence for the user. None: the picker shows the command that would serve the model instead.
         clip_seconds: the longest clip that Generate draws.
@@ -31,6 +32,7 @@ class PageSettings:
     presets: tuple[str, ...] = ()
     pipeline: Callable[[], Any] | None = None
     image: Callable[[], Any] | None = None
+    speech: bool = False
     load: Callable[[str, str, str], None] | None = None
     clip_seconds: float = 60.0
 

@@ -1,4 +1,4 @@
-"""The whole server as one ASGI app: the page at /, the socket at /live, recordings, health and numbers."""
+"""The whole server as one ASGI app: the page at /, sockets at /live and /sound, recordings, health and numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from .protocol import PROTOCOL, Close
 from .security import Doorman, Gate, check_exposure, headers_of, host_allowed, origin_allowed, token_given
 from .sessions import Sessions
 from .settings import Settings
+from .speaking import speech_sessions
 from .status import memory_mb
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.websockets import WebSocket
 
+    from ...pipelines.audio import AudioPipeline
     from ..page import PageSettings
 
 PLACEHOLDER = "<!doctype html><title>millstream</title><p>millstream is running; its socket is at /live.</p>"
@@ -30,6 +32,7 @@ def create_app(
     *,
     page: PageSettings | None = None,
     vault: Vault | None = None,
+    speech: AudioPipeline | None = None,
 ) -> FastAPI:
     """Everything that `millstream serve` serves, for any ASGI server.
 
@@ -38,9 +41,10 @@ def create_app(
         settings: who may come in, and limits.
         page: what the page at / shows and may call; None leaves it out, for clients that bring their own.
         vault: keeps the last moment of every session for other servers; see `Vault`.
+        speech: speaks for all viewers, on a socket of its own at /sound; None for a server that does not speak.
 
     Returns:
-        The app; `app.state.sessions` is its `Sessions`.
+        The app; `app.state.sessions` is its `Sessions`, `speech` those that speak, or None, and `rooms` all there are.
 
     Raises:
         ValueError: the settings open the server to the network without a token.
@@ -53,19 +57,23 @@ def create_app(
     settings = settings or Settings()
     check_exposure(settings.host, settings.token)
     sessions = Sessions(pipe, settings, vault)
+    speaking = None if speech is None else speech_sessions(speech, settings)
+    rooms = [room for room in (sessions, speaking) if room is not None]
     pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="millstream-pictures")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         _one_thread_per_picture()
-        await sessions.open()
+        for room in rooms:
+            await room.open()
         yield
-        await sessions.close()
+        for room in rooms:
+            await room.close()
         pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="millstream", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.sessions = sessions
-    _add_routes(app, sessions, pool)
+    app.state.sessions, app.state.speech, app.state.rooms = sessions, speaking, rooms
+    _add_routes(app, sessions, speaking, pool)
     if page is None:
         _add_placeholder(app)
     else:
@@ -83,7 +91,7 @@ def _one_thread_per_picture() -> None:
     cv2.setNumThreads(1)
 
 
-def _add_routes(app: FastAPI, sessions: Sessions, pool: ThreadPoolExecutor) -> None:
+def _add_routes(app: FastAPI, sessions: Sessions, speaking: Sessions | None, pool: ThreadPoolExecutor) -> None:
     from starlette.requests import Request
     from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route, WebSocketRoute
@@ -95,7 +103,8 @@ def _add_routes(app: FastAPI, sessions: Sessions, pool: ThreadPoolExecutor) -> N
         return JSONResponse({"ok": drawing, "protocol": PROTOCOL}, 200 if drawing else 503)
 
     async def metrics(request: Request) -> Response:
-        return JSONResponse({**sessions.numbers(), "memory_mb": memory_mb(), "process": os.getpid()})
+        numbers = {**sessions.numbers(), "memory_mb": memory_mb(), "process": os.getpid()}
+        return JSONResponse(numbers if speaking is None else {**numbers, "speech": speaking.numbers()})
 
     async def recording(request: Request) -> Response:
         key = request.query_params.get("key") or request.cookies.get("millstream_session", "")
@@ -109,11 +118,16 @@ def _add_routes(app: FastAPI, sessions: Sessions, pool: ThreadPoolExecutor) -> N
     async def live(websocket: WebSocket) -> None:
         await _serve_socket(websocket, sessions, pool, doorman)
 
+    async def sound(websocket: WebSocket) -> None:
+        assert speaking is not None
+        await _serve_socket(websocket, speaking, pool, doorman)
+
     app.router.routes += [
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/recordings/{id}.mp4", recording),
         WebSocketRoute("/live", live),
+        *([] if speaking is None else [WebSocketRoute("/sound", sound)]),
     ]
 
 

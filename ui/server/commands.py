@@ -111,6 +111,8 @@ class Commands:
     def _steer(self, **changes: Any) -> dict[str, Any]:
         if not changes:
             raise ValueError("steer needs something to change, such as keys or prompt")
+        if "text" in changes:
+            self.seat.check_room(changes["text"])
         version = self.seat.session.steer(**changes)
         if "prompt" in changes:
             self.sessions.engine.call(self.seat.find_nearest, self.seat)
@@ -152,6 +154,8 @@ class Commands:
     async def _record(self, on: bool = True) -> dict[str, Any]:
         seat = self.seat
         if on:
+            if not seat.pipe.size:
+                raise ValueError("only pictures are recorded; the page keeps the sound")
             if seat.recording is not None:
                 raise ValueError("a recording runs already")
             live = seat.mode == "camera"

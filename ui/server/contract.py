@@ -37,13 +37,17 @@ class Picture:
 
 
 class Viewer(Protocol):
-    """The far end of a seat: a socket. `show`, `hear` and `forget` are called on the engine's thread and never wait."""
+    """The far end of a seat: a socket. All but `queued` and `end` are called on the engine's thread; none waits."""
 
     def show(self, pictures: Sequence[tuple[float, Picture]]) -> None:
         """Pictures and the monotonic second at which each is due."""
         ...
 
     def hear(self, chunk: Chunk) -> None: ...
+
+    def said(self) -> None:
+        """Everything that was asked for is said: the silence that follows is meant."""
+        ...
 
     def forget(self) -> None:
         """What was shown but isn't due yet belongs to a past that is gone."""

@@ -148,7 +148,7 @@ class Engine:
         paced = [seat for seat in waiting if seat.paced]
         beat = min((seat.due for seat in paced if seat.due is not None and seat.due > now), default=now)
         for seat in paced:
-            seat.due = beat if seat.due is None else seat.due
+            seat.due = beat - seat.ahead if seat.due is None else seat.due
         hurried = [seat for seat in paced if len(paced) == 1 and seat.hurried(now)]
         ready = [seat for seat in waiting if not seat.paced or (seat.due or 0) <= now or seat in hurried]
         if not ready:

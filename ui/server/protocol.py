@@ -257,6 +257,7 @@ MESSAGES: dict[str, dict[str, Callable[[Any], Any]]] = {
     "leave": {},
     "ping": {"t": _milliseconds},
     "shown": {"frame": _whole(0, MAX_SEED), "age": _optional(_number(-1e12, 1e12))},
+    "heard": {"underruns": _whole(0, MAX_SEED)},
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...streaming import Chunk, Control, Frame, Latest, Snapshot
 from ...streaming.live import pictures_per_chunk
+from ...streaming.types import MAX_TEXT_CHARACTERS
 from .contract import Mode, Picture, Saved, Servable, Viewer
 from .history import History, parked, size_of
 from .recordings import Recording
@@ -24,6 +25,7 @@ from .settings import Settings
 
 REMEMBERED_TIMES = 64  # camera pictures that may be inside the pipeline at once
 MOST_STEPS_OWED = 32
+AHEAD_SECONDS = 1.0  # of sound that is sent before it is due: a gap in it is not forgiven, unlike a late picture
 
 
 class Seat:
@@ -41,6 +43,8 @@ class Seat:
         inbox: camera pictures for the next step, or for the next few of a pipeline that answers several at once; the
             newest win.
         due: monotonic second of the next step; None until the engine has found a beat to join.
+        ahead: seconds of media that are drawn before they are due.
+        underruns: gaps in the sound that the viewer has heard.
     """
 
     def __init__(self, pipe: Servable, settings: Settings, *, prompt: str, seed: int, mode: Mode) -> None:
@@ -55,6 +59,8 @@ class Seat:
         self.recording: Recording | None = None
         self.due: float | None = None
         self.next_call = 0.0  # monotonic second from which the engine does what this seat asks for
+        self.ahead = AHEAD_SECONDS if hasattr(pipe, "sampling_rate") else 0.0
+        self.underruns = 0
         self.running = False
         self.frame = 0
         self.position = 0.0  # seconds of the stream that are drawn
@@ -100,6 +106,12 @@ class Seat:
             self._captured.popitem(last=False)
         self.inbox.put(Frame(picture, now))
 
+    def check_room(self, text: str) -> None:
+        """Raises ValueError if too much waits already to be spoken."""
+        waiting = len(getattr(self.session.state, "waiting", ""))
+        if waiting + len(text) > MAX_TEXT_CHARACTERS:
+            raise ValueError(f"{waiting:,} characters wait to be spoken already; append more when it has said them")
+
     def owns(self, secret: str) -> bool:
         return secret == self.secret or secret in self.branches or secret == self._branch
 
@@ -118,8 +130,8 @@ class Seat:
 
     @property
     def wanted(self) -> bool:
-        """Does somebody watch, and want to see more?"""
-        return self.viewer is not None and (self.running or self._asked > self._stepped)
+        """Does somebody watch, and want to see more, of what has more to show?"""
+        return self.viewer is not None and (self.running or self._asked > self._stepped) and not self.session.ended
 
     @property
     def ready(self) -> bool:
@@ -156,7 +168,8 @@ class Seat:
         seconds = self.step_seconds = duration(chunks)
         due = self.due
         if due is not None:
-            self.due = max(due + seconds, now - seconds)  # late by up to one step's media is made up for
+            # late by up to one step's media is made up for, and sound until it is ahead again
+            self.due = max(due + seconds, now - max(seconds, self.ahead))
         viewer, recording = self.viewer, self.recording
         for chunk in chunks:
             self.position = chunk.start / chunk.rate + duration([chunk])
@@ -168,6 +181,10 @@ class Seat:
                 viewer.hear(chunk)
             else:
                 viewer.show(self._pictures(chunk, now))
+        if self.session.ended:
+            self.due = None
+            if viewer is not None:
+                viewer.said()
         if chunks and self.history.due(self.position):
             self._remember()
 

@@ -287,6 +287,7 @@ class Sessions:
             "waiting": len(self.waiting),
             "opened": self.opened,
             "failures": self.failures,
+            "underruns": sum(seat.underruns for seat in self.seats),
             "rounds": self.engine.rounds,
             "steps": self.engine.steps,
             "drawing": self.engine.alive,

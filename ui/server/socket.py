@@ -64,6 +64,7 @@ class Connection:
         self._eye: Eye | None = None
         self._ages: deque[tuple[float, float]] = deque(maxlen=256)
         self._leaving = False
+        self._underruns = 0
 
     async def run(self) -> None:
         """Serve this client to its end."""
@@ -222,6 +223,8 @@ class Connection:
                 raise Refused("there is no place yet; wait for welcome", message.id)
             elif message.type == "shown":
                 self._shown(message.fields)
+            elif message.type == "heard":
+                self._heard(message.fields.get("underruns", 0))
             else:
                 self._commands.obey(message)
         except Refused as refusal:
@@ -232,6 +235,12 @@ class Connection:
         age = fields.get("age")
         if age is not None and math.isfinite(age):
             self._ages.append((time.monotonic(), age))
+
+    def _heard(self, underruns: int) -> None:
+        """The client has heard so many gaps since it said hello."""
+        assert self.seat is not None
+        self.seat.underruns += max(0, underruns - self._underruns)
+        self._underruns = underruns
 
     @property
     def age_ms(self) -> float | None:
@@ -247,6 +256,11 @@ class Connection:
 
     def hear(self, chunk: Chunk) -> None:
         self._soon(self._play, chunk)
+
+    def said(self) -> None:
+        assert self.seat is not None
+        factor = self.seat.session.metrics.real_time_factor
+        self._soon(self._say, {"type": "said", "real_time_factor": None if factor is None else round(factor, 3)})
 
     def forget(self) -> None:
         self._soon(self._outbox.forget)

@@ -24,6 +24,8 @@ def describe(pipe: Servable) -> dict[str, Any]:
         "worlds": list(getattr(pipe, "worlds", ())),
         "keys": dict(getattr(pipe, "key_map", {})),
         "pictures": pictures_per_chunk(pipe),
+        "voices": list(getattr(pipe, "voices", ())),
+        "sampling_rate": getattr(pipe, "sampling_rate", None),
     }
 
 
@@ -79,6 +81,12 @@ def status(seat: Seat, sessions: Sessions, outbox: Outbox, eye: Eye | None, age_
         "waiting": len(sessions.waiting),
         "quality": outbox.flow.quality,
     }
+    if metrics.sound_seconds:
+        numbers["sound"] = {
+            "seconds": round(metrics.sound_seconds, 2),
+            "real_time_factor": round(metrics.real_time_factor or 0.0, 3),
+            "underruns": seat.underruns,
+        }
     if seat.nearest is not None:
         numbers["nearest"] = {"world": seat.nearest[0], "similarity": round(seat.nearest[1], 3)}
     if seat.recording is not None:

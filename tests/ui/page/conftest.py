@@ -141,10 +141,10 @@ class Painter:
 class Server:
     """`create_app` on a free port of this machine, in a thread."""
 
-    def __init__(self, pipe: Any, settings: Settings, page: PageSettings) -> None:
+    def __init__(self, pipe: Any, settings: Settings, page: PageSettings, speech: Any = None) -> None:
         import uvicorn
 
-        self.app = create_app(pipe, settings, page=page)
+        self.app = create_app(pipe, settings, page=page, speech=speech)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -279,12 +279,23 @@ def painter() -> Painter:
 
 
 @pytest.fixture(scope="session")
-def server(world: Pictures, painter: Painter) -> Iterator[Server]:
+def speech(speech_folder: Path) -> Any:
+    from millstream.pipelines.audio import AudioPipeline
+
+    return AudioPipeline.from_pretrained(speech_folder)
+
+
+@pytest.fixture(scope="session")
+def server(world: Pictures, painter: Painter, speech: Any) -> Iterator[Server]:
     settings = Settings(model="pictures", max_sessions=30, grace_seconds=5.0, connects=10_000)
     page = PageSettings(
-        model="pictures", models=("pictures", "freedoom"), pipeline=lambda: world, image=lambda: painter
+        model="pictures",
+        models=("pictures", "freedoom"),
+        pipeline=lambda: world,
+        image=lambda: painter,
+        speech=True,
     )
-    running = Server(world, settings, page)
+    running = Server(world, settings, page, speech)
     yield running
     running.close()
 

@@ -15,7 +15,7 @@ from millstream.ui.server.settings import Settings
 
 STATUS = re.compile(r"\d+\.\d fps · \d+ ms old · \d+ dropped · v\d+ applied")
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-VIEWS = ("play", "camera", "generate", "image", "numbers")
+VIEWS = ("play", "camera", "generate", "image", "sound", "numbers")
 
 
 def test_everything_comes_from_this_server(view: Any, server: Any) -> None:

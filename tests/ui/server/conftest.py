@@ -252,9 +252,9 @@ def serve() -> Iterator[Callable[..., Running]]:
     """Start a server: `serve(pipe, max_sessions=2, ...)`."""
     started: list[tuple[Running, threading.Thread]] = []
 
-    def start(pipe: FakePipeline | None = None, vault=None, **settings) -> Running:
+    def start(pipe: FakePipeline | None = None, vault=None, speech=None, **settings) -> Running:
         pipe = FakePipeline() if pipe is None else pipe
-        app = create_app(pipe, Settings(**settings), vault=vault)
+        app = create_app(pipe, Settings(**settings), vault=vault, speech=speech)
         config = uvicorn.Config(
             app, port=0, log_level="warning", ws_per_message_deflate=False, timeout_graceful_shutdown=1
         )

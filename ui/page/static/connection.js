@@ -1,7 +1,7 @@
 // One socket that holds: hello and resume, answers to questions, clock pings, and coming back after a loss.
 
 import { Clock } from "./clock.js";
-import { PROTOCOL, unpackVideo } from "./wire.js";
+import { PROTOCOL, unpackAudio, unpackVideo } from "./wire.js";
 
 const FIRST_WAIT = 500;
 const LONGEST_WAIT = 10_000;
@@ -13,7 +13,7 @@ const ANSWER_WITHIN = 30_000;
 const FINAL = { 4400: "protocol", 4401: "token", 4403: "origin", 4408: "idle", 4409: "taken", 4413: "size" };
 
 /**
- * Events: "state" {name, ...}, "welcome", "status", "refused", "frame".
+ * Events: "state" {name, ...}, "welcome", "status", "refused", "frame", "sound", "said".
  * States: closed, connecting, queued {position}, open, waiting {seconds}, ended {why, message}.
  */
 export class Connection extends EventTarget {
@@ -99,7 +99,9 @@ export class Connection extends EventTarget {
     this.heard = performance.now();
     if (typeof data !== "string") {
       const frame = unpackVideo(data);
+      const sound = frame ? null : unpackAudio(data);
       if (frame) this.emit("frame", frame);
+      else if (sound) this.emit("sound", sound);
       return;
     }
     const message = JSON.parse(data);
@@ -167,4 +169,11 @@ export class Connection extends EventTarget {
   emit(name, detail) {
     this.dispatchEvent(new CustomEvent(name, { detail }));
   }
+}
+
+/** The address of a socket of this server, which may stand behind a proxy. */
+export function socketUrl(name) {
+  const url = new URL(name, document.baseURI);
+  url.protocol = url.protocol.replace("http", "ws");
+  return url;
 }

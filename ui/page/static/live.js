@@ -1,6 +1,6 @@
 // The session that this page holds: its mode, what has been asked of it, and what it has answered.
 
-import { Connection } from "./connection.js";
+import { Connection, socketUrl } from "./connection.js";
 
 const RESUME = (mode) => `millstream.resume.${mode}`;
 
@@ -11,7 +11,7 @@ export class Live extends EventTarget {
     this.mode = null;
     this.welcome = null;
     this.prompts = {}; // mode -> the prompt applied last
-    this.connection = new Connection(socketUrl(), () => this.hello());
+    this.connection = new Connection(socketUrl("live"), () => this.hello());
     const hear = (name, handle) => this.connection.addEventListener(name, ({ detail }) => handle.call(this, detail));
     hear("state", (state) => this.tell("state", state));
     hear("welcome", this.welcomed);
@@ -142,10 +142,4 @@ export class Live extends EventTarget {
     this.dispatchEvent(new CustomEvent(name, { detail }));
     this.dispatchEvent(new Event("changed"));
   }
-}
-
-function socketUrl() {
-  const url = new URL("live", document.baseURI);
-  url.protocol = url.protocol.replace("http", "ws");
-  return url;
 }

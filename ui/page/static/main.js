@@ -9,6 +9,7 @@ import { More } from "./more.js";
 import { dropped, Numbers } from "./numbers.js";
 import { Picker } from "./picker.js";
 import { Screen } from "./screen.js";
+import { Sound } from "./sound.js";
 import { makeTabs } from "./tabs.js";
 import { Timeline } from "./timeline.js";
 import { buildTouch, legend } from "./touch.js";
@@ -37,6 +38,10 @@ class Page {
     this.words = new Words(root, this.live, { focus: () => this.stage.focus({ preventScroll: true }) });
     this.more = new More(this.find(".more"), this.live);
     this.numbers = new Numbers(this.find("#panel-numbers"), this.live, this.screen);
+    this.sound = new Sound(this.find("#panel-sound"), {
+      offered: root.dataset.speech === "yes",
+      notice: (text, tone) => this.live.notice(text, tone),
+    });
     this.timeline = new Timeline(this.find(".timeline"), this.live);
     this.picker = new Picker(this.find(".picker"), this.find(".model"), server, {
       loaded: () => this.live.again(),
@@ -115,6 +120,7 @@ class Page {
     const live = view === "play" || view === "camera";
     this.find("#panel-live").hidden = !live;
     this.find("#panel-numbers").hidden = view !== "numbers";
+    this.sound.show(view === "sound");
     for (const name of FORMS) {
       const form = document.getElementById(`ms-${name}`);
       form.setAttribute("role", "tabpanel");
@@ -124,9 +130,10 @@ class Page {
     this.view = view;
     if (live) this.enter(view);
     else if (!this.live.mode) this.enter("play");
-    // Numbers watches what runs; a form has the machine to itself.
-    if (view === "play" || FORMS.includes(view)) this.camera.release();
-    if (FORMS.includes(view) && this.live.running) this.live.order("pause");
+    // Numbers watches what runs; a form, and speech, have the machine to themselves.
+    const alone = FORMS.includes(view) || view === "sound";
+    if (view === "play" || alone) this.camera.release();
+    if (alone && this.live.running) this.live.order("pause");
     this.listen();
     this.numbers.draw();
     this.render();

@@ -4,8 +4,10 @@ export const PROTOCOL = 1;
 
 const CAMERA = 1;
 const VIDEO = 2;
+const AUDIO = 3;
 const FORMATS = ["image/jpeg", "image/webp"];
 const VIDEO_HEADER = 24;
+const AUDIO_HEADER = 28;
 
 /** A camera frame: its capture time in this page's milliseconds, then the encoded picture. */
 export function packCamera(time, picture) {
@@ -26,5 +28,18 @@ export function unpackVideo(buffer) {
     number: Number(header.getBigUint64(8, true)),
     time: header.getFloat64(16, true),
     picture: { type, data: new Uint8Array(buffer, VIDEO_HEADER) },
+  };
+}
+
+/** Samples of one channel, or null if it is not sound that this page can play. */
+export function unpackAudio(buffer) {
+  if (buffer.byteLength <= AUDIO_HEADER) return null;
+  const header = new DataView(buffer, 0, AUDIO_HEADER);
+  if (header.getUint8(0) !== AUDIO || header.getUint8(1) !== 0 || header.getUint16(2, true) !== 1) return null;
+  return {
+    version: header.getUint32(4, true),
+    start: Number(header.getBigUint64(8, true)),
+    rate: header.getUint32(24, true),
+    samples: new Int16Array(buffer, AUDIO_HEADER),
   };
 }
