@@ -45,11 +45,20 @@ class RtspServer:
 
     def __init__(self, film, port: int = 0) -> None:
         self.film = film
-        self.listener = socket.create_server(("127.0.0.1", port))
+        self.listener = self._listen(port)
         self.port = self.listener.getsockname()[1]
         self.viewer: socket.socket | None = None
         self.asked: list[str] = []
         threading.Thread(target=self.serve, daemon=True).start()
+
+    @staticmethod
+    def _listen(port: int, tries: int = 50) -> socket.socket:
+        """A camera that dials this very port may hold it for a moment as its own outgoing one."""
+        for _ in range(tries):
+            with contextlib.suppress(OSError):
+                return socket.create_server(("127.0.0.1", port))
+            time.sleep(0.1)
+        return socket.create_server(("127.0.0.1", port))
 
     def serve(self) -> None:
         with contextlib.suppress(OSError):
