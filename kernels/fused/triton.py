@@ -55,6 +55,28 @@ def _norm_rotary_kernel(
 
 
 @triton.jit
+def normalised(
+    value,
+    weight,
+    bias,
+    at,
+    inside,
+    eps,
+    width: tl.constexpr,
+    weighted: tl.constexpr,
+    biased: tl.constexpr,
+):
+    """LayerNorm of one token, in float32."""
+    centred = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+    normal = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    if weighted:
+        normal *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if biased:
+        normal += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    return normal
+
+
+@triton.jit
 def _norm_modulate_kernel(
     x,
     shift,
@@ -81,12 +103,7 @@ def _norm_modulate_kernel(
     at = tl.arange(0, columns)
     inside = at < width
     value = tl.load(x + row * x_row + token.to(tl.int64) * x_token + at, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-    normal = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    if weighted:
-        normal *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    if biased:
-        normal += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    normal = normalised(value, weight, bias, at, inside, eps, width, weighted, biased)
     a = tl.load(scale + row * scale_row + group * scale_group + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(shift + row * shift_row + group * shift_group + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + (row * tokens + token) * width + at, (normal * (1 + a) + b).to(out.dtype.element_ty), mask=inside)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton import _row_stride, _rows, _warps
+from .triton import _row_stride, _rows, _warps, normalised
 
 
 @triton.jit
@@ -56,12 +56,7 @@ def _gate_norm_kernel(
     rounded = (value + added).to(total.dtype.element_ty)
     tl.store(total + (row * tokens + token) * width + at, rounded, mask=inside)
     value = rounded.to(tl.float32)
-    centred = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-    normal = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
-    if weighted:
-        normal *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    if biased:
-        normal += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    normal = normalised(value, weight, bias, at, inside, eps, width, weighted, biased)
     if shifted:
         group = token // group_size
         a = tl.load(scale + row * scale_row + group * scale_group + at, mask=inside, other=0.0).to(tl.float32)
