@@ -1,5 +1,7 @@
 // Small plots on canvases: the last two minutes of a number, in the colours of the page.
 
+import { blank } from "./blank.js";
+
 const KEPT = 120;
 
 /** Rounds up to 1, 2 or 5 times a power of ten, so that an axis rarely moves. */
@@ -25,15 +27,9 @@ export class Plot {
   }
 
   draw() {
-    const { canvas } = this;
-    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-    if (!width || !height) return;
-    const dense = devicePixelRatio || 1;
-    canvas.width = Math.round(width * dense);
-    canvas.height = Math.round(height * dense);
-    const context = canvas.getContext("2d");
-    context.scale(dense, dense);
-    const style = getComputedStyle(canvas);
+    const sheet = blank(this.canvas);
+    if (!sheet) return;
+    const { context, width, height, style } = sheet;
     const top = ceiling(Math.max(...this.series.flat().filter(Number.isFinite)) * 1.05);
     this.grid(context, width, height, top, style);
     context.strokeStyle = style.getPropertyValue("--accent");

@@ -1,5 +1,7 @@
 // The sound as bars on a canvas: what was heard in the accent, what is still to come in a quiet tone.
 
+import { blank } from "./blank.js";
+
 const SECONDS = 8;
 const BAR = 0.02; // seconds
 
@@ -26,15 +28,9 @@ export class Wave {
 
   /** The bars around `now`, which stands at three quarters of the width. */
   draw(now) {
-    const { canvas } = this;
-    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
-    if (!width || !height) return;
-    const dense = devicePixelRatio || 1;
-    canvas.width = Math.round(width * dense);
-    canvas.height = Math.round(height * dense);
-    const context = canvas.getContext("2d");
-    context.scale(dense, dense);
-    const style = getComputedStyle(canvas);
+    const sheet = blank(this.canvas);
+    if (!sheet) return;
+    const { context, width, height, style } = sheet;
     const scale = width / SECONDS;
     context.fillStyle = style.getPropertyValue("--line");
     context.fillRect(0, height / 2 - 0.5, width, 1);
