@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..pipelines.assets import shipped
-from .world import pick_device
+from .world import model_folder, pick_device
 
 if TYPE_CHECKING:
     from ..pipelines.audio import AudioPipeline
@@ -22,13 +21,11 @@ def load_speech(name: str, device: str = "auto") -> AudioPipeline:
         FileNotFoundError: no such model. ValueError: a device that this machine lacks.
     """
     torch_device = pick_device(device)
-    folder = Path(name).expanduser()
-    if name != MODEL and name.count("/") != 1 and not folder.is_dir():
-        raise FileNotFoundError(f"no model {name!r}: give {MODEL}, or the path of a speaking model's folder")
+    source = model_folder(name, MODEL, "speaking model")
 
     from ..pipelines.audio import AudioPipeline
 
-    return AudioPipeline.from_pretrained(str(folder) if folder.is_dir() else name).to(torch_device)
+    return AudioPipeline.from_pretrained(source).to(torch_device)
 
 
 def has_speech() -> bool:

@@ -84,6 +84,7 @@ class Window:
         Raises:
             EndOfStream: the user has closed the window.
         """
+        from ..streaming.pixels import as_bytes
         from ..streaming.types import EndOfStream
 
         if self.closed:
@@ -97,7 +98,7 @@ class Window:
             now = time.monotonic()
             self._due = max(self._due, now) + 1.0 / chunk.rate
             self._shown.append(now)
-            picture = frame.detach().float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+            picture = as_bytes(frame).permute(1, 2, 0).cpu().numpy()
             self._cv2.imshow(self.title, self._draw(picture, now - chunk.time))
             self._wait(0.0)
             if self.closed:

@@ -122,6 +122,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def model_folder(name: str, model: str, kind: str) -> str:
+    """What `from_pretrained` takes for `name`: the shipped `model`, owner/name on the hub, or a folder.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+    """
+    folder = Path(name).expanduser()
+    if name != model and name.count("/") != 1 and not folder.is_dir():
+        raise FileNotFoundError(f"no model {name!r}: give {model}, or the path of a {kind}'s folder")
+    return str(folder) if folder.is_dir() else name
+
+
 def positive_seconds(text: str) -> float:
     """For `argparse`: a finite number above 0."""
     try:

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ...pipelines.assets import shipped
-from ..world import check_prompt, pick_device, positive_integer, seed_integer
+from ..world import check_prompt, model_folder, pick_device, positive_integer, seed_integer
 
 if TYPE_CHECKING:
     from ...pipelines.image import ImagePipeline
@@ -88,13 +88,11 @@ def load_image(name: str, device: str) -> ImagePipeline:
         FileNotFoundError: no such model. ValueError: a device that this machine lacks.
     """
     torch_device = pick_device(device)
-    folder = Path(name).expanduser()
-    if name != MODEL and name.count("/") != 1 and not folder.is_dir():
-        raise FileNotFoundError(f"no model {name!r}: give emoji, or the path of a model's folder")
+    source = model_folder(name, MODEL, "model")
 
     from ...pipelines.image import ImagePipeline
 
-    pipe = ImagePipeline.from_pretrained(str(folder) if folder.is_dir() else name).to(torch_device)
+    pipe = ImagePipeline.from_pretrained(source).to(torch_device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -118,9 +116,11 @@ def write(pictures: Any, path: Path, scale: int) -> list[Path]:
     """Write pictures [B, 3, S, S] to `path`, numbered if there are several."""
     from PIL import Image
 
+    from ...streaming.pixels import as_bytes
+
     paths = [path] if len(pictures) == 1 else [path.with_stem(f"{path.stem}-{n + 1}") for n in range(len(pictures))]
     for picture, where in zip(pictures, paths):
-        array = (picture.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+        array = as_bytes(picture).permute(1, 2, 0).cpu().numpy()
         size = (scale * array.shape[1], scale * array.shape[0])
         Image.fromarray(array).resize(size, Image.Resampling.NEAREST).save(where)
     return paths

@@ -147,10 +147,12 @@ def figure(pictures: Any, told: str) -> str:
     """Pictures [B, 3, S, S] in [0, 1] as HTML that needs no other file; each is a link that saves it."""
     from PIL import Image
 
+    from ...streaming.pixels import as_bytes
+
     shown = []
     for number, picture in enumerate(pictures):
         data = io.BytesIO()
-        array = (picture.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+        array = as_bytes(picture).permute(1, 2, 0).cpu().numpy()
         Image.fromarray(array).save(data, "PNG", compress_level=1)
         source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
         shown.append(
