@@ -17,7 +17,7 @@ from millstream.kernels.attention.quantize import Quantize, quantize_attention
 from millstream.kernels.attention.sparse import operands
 
 DENSITIES = (1.0, 0.25, 0.1)  # one compilation serves all
-LARGEST_ERROR = {"bf16": 0.01, "int8": 0.03, "fp8": 0.08}  # relative, of float64; the bounds of the GPU tests
+LARGEST_ERROR = {"bf16": 0.01, "int8": 0.03, "fp8": 0.12}  # relative, of float64; the bounds of the GPU tests
 
 
 @dataclass(frozen=True)

@@ -188,12 +188,12 @@ def train(
     codec.eval().to(accelerator.device)
     tokens = encode_all(codec, emojis.pictures.to(accelerator.device))
     set_seed(seed, device_specific=True)
-    objective = TokenObjective(transformer, text_encoder, len(emojis.names))
+    objective = TokenObjective(transformer, text_encoder, len(emojis.names)).to(accelerator.device)
     if accelerator.device.type == "cuda":
         objective.forward = torch.compile(objective.forward)
     captions = Captions(tokens, emojis, text_encoder, batch_size)
     if start is not None:  # the head was not kept; a random one would unteach the encoder
-        objective.to(accelerator.device).prototypes.data = captions.meanings(text_encoder)
+        objective.prototypes.data = captions.meanings(text_encoder)
     trainer = Trainer(objective, budget, out, accelerator)
     trainer.fit(captions, title="emoji")
     if accelerator.is_main_process:

@@ -44,9 +44,9 @@ def choose_config(block: tuple[int, int], head_dim: int, dtype: torch.dtype, sha
     tile_k = 64 if small or block[1] % 128 else 128
     if tile_k == 128 and head_dim == 128:
         if dtype.itemsize == 1:
-            return Config(64, 128, 4, 2)
+            return Config(64, 128, 4, 3 if dtype.is_floating_point else 2, ahead=False)
         if tile_q == 128:
-            return Config(128, 128, 8, 2)
+            return Config(128, 128, 8, 3, ahead=False)
         tile_k = 64
     warps = 8 if tile_q == 128 else 4
     # Small tiles wait less for memory than for one another: two programs per multiprocessor, if both fit.
