@@ -15,15 +15,17 @@ import torch
 from ..models.audio_codec import AudioCodec
 from ..models.pronouncer import Pronouncer
 from ..models.speech import SpeechTransformer
+from ..pipelines.audio import AudioPipeline
 from ..pipelines.speech_draw import SpeechParts
 from ..samplers import FlowSampler
 
 
-def pack(parts: SpeechParts, out: Path) -> int:
-    """Save every part below `out`; returns the bytes of all weights."""
+def pack(parts: SpeechParts, out: Path, temperature: float = 1.0) -> int:
+    """Save every part below `out`, as `AudioPipeline.from_pretrained` loads it; returns the bytes of all weights."""
     for name, part in zip(SpeechParts._fields, parts[:3]):
         part.save_packed(out / name)
     parts.scheduler.save_pretrained(out / "scheduler")
+    AudioPipeline(*parts, temperature=temperature).save_config(out)
     return sum(file.stat().st_size for file in out.rglob("*.safetensors"))
 
 
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sampler-steps", type=int, default=4)
     parser.add_argument("--shift", type=float, default=1.0, help="warps the levels towards the noisy end")
     parser.add_argument("--context-sigma", type=float, default=0.1, help="level at which the last frame is shown")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the noise that a frame starts from")
     arguments = parser.parse_args(argv)
     sampler = FlowSampler(
         num_inference_steps=arguments.sampler_steps, shift=arguments.shift, context_sigma=arguments.context_sigma
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Pronouncer.from_pretrained(arguments.words, torch_dtype=torch.float32).eval(),
         sampler,
     )
-    print(f"{arguments.out}: {pack(parts, arguments.out):,} bytes of weights")
+    print(f"{arguments.out}: {pack(parts, arguments.out, arguments.temperature):,} bytes of weights")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_stream_never_ends(name, frames, make, seeded):
                 memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         pictures = session.state.pictures
     assert pictures > 4 * (frames - 3) - 3
-    early, late = (statistics.quantiles(part, n=10)[0] for part in (seconds[50:250], seconds[-200:]))
+    early, late = min(seconds[50:250]), min(seconds[-200:])  # the least disturbed of each
     assert late < 1.3 * early, "the last chunk costs what an early one did"
     assert memory[-1] < memory[1] + 20_000, "kilobytes: the stream keeps nothing"
     jumps = [abs(one - two) for one, two in pairwise(brightness)]

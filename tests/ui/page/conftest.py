@@ -229,7 +229,8 @@ class View:
 
     def _console(self, message: Any) -> None:
         ours = "/assets/" not in message.location.get("url", "")  # Gradio's own script warns of things of its own
-        if message.type == "error" or (message.type == "warning" and ours):
+        left = "closed before the connection is established" in message.text  # the page was left while it connected
+        if message.type == "error" or (message.type == "warning" and ours and not left):
             self.complaints.append(f"{message.type}: {message.text}")
 
     def open(self, view: str) -> None:
