@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from millstream.pipelines import assets
 from millstream.ui.page import PageSettings
 from millstream.ui.server.settings import Settings
 
@@ -115,7 +117,10 @@ def test_leaving_the_tab_is_silence(tab: Tab) -> None:
     tab.wait(lambda: tab.told()["ahead"] == 0 and not tab.told()["speaking"])
 
 
-def test_a_server_without_a_model_says_so(serve: Any, world: Any, look: Any) -> None:
+def test_a_server_without_a_model_says_so(
+    serve: Any, world: Any, look: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(assets, "ASSETS", tmp_path)
     running = serve(world, Settings(model="pictures"), PageSettings(model="pictures"))
     view = look(running.url)
     view.page.click("#tab-sound")
