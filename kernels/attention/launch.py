@@ -46,7 +46,8 @@ def choose_config(block: tuple[int, int], head_dim: int, dtype: torch.dtype, sha
         if dtype.itemsize == 1:
             return Config(64, 128, 4, 3 if dtype.is_floating_point else 2, ahead=False)
         if tile_q == 128:
-            return Config(128, 128, 8, 3, ahead=False)
+            large = shared_memory >= 224 * 1024  # three loads of keys and values beside the queries
+            return Config(128, 128, 8, 3, ahead=False) if large else Config(128, 128, 8, 2)
         tile_k = 64
     warps = 8 if tile_q == 128 else 4
     # Small tiles wait less for memory than for one another: two programs per multiprocessor, if both fit.
