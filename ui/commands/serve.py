@@ -110,8 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
             image=image_loader(arguments.device),
             speech=has_speech(),
         )
+        pipe = load(settings.model, settings.recipe, settings.preset)
         speech = load_speech(SPEECH, arguments.device) if has_speech() else None
-        app = create_app(load(settings.model, settings.recipe, settings.preset), settings, page=page, speech=speech)
+        app = create_app(pipe, settings, page=page, speech=speech)
         address = address_of(settings, listener.getsockname()[1])
         print_welcome(settings, address)
         make_server(app, address if arguments.open else None).run(sockets=[listener])
