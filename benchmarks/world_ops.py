@@ -40,7 +40,8 @@ def decoder(device: torch.device) -> dict[str, Any]:
         for rows in (1, 4):
             for layout in (torch.contiguous_format, torch.channels_last):
                 codec.decoder.to(memory_format=layout)
-                latents = torch.randn(rows, 16, 12, 16, device=device, dtype=dtype).contiguous(memory_format=layout)
+                latents = torch.randn(rows, codec.config["latent_channels"], 12, 16, device=device, dtype=dtype)
+                latents = latents.contiguous(memory_format=layout)
                 report[f"{str(dtype)[6:]} x {rows} {str(layout)[6:]}"] = graphed(partial(codec.decoder, latents))
     return report
 

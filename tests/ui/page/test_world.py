@@ -16,8 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from millstream.streaming import Chunk, Recorder
+from millstream.ui.commands.image import image_loader
 from millstream.ui.page import PageSettings
 from millstream.ui.server.settings import Settings
+from millstream.ui.speech import load_speech
 from millstream.ui.world import load_world
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,8 +30,9 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 
 @pytest.fixture(scope="module")
 def freedoom(browser: Any, serve: Any) -> Iterator[Any]:
-    pipe = load_world("freedoom", "cpu")
-    running = serve(pipe, Settings(model="freedoom", max_sessions=8), PageSettings(pipeline=lambda: pipe))
+    pipe, voice = load_world("freedoom", "cpu"), load_speech("speech", "cpu")
+    page = PageSettings(pipeline=lambda: pipe, image=image_loader("cpu"), speech=True)
+    running = serve(pipe, Settings(model="freedoom", max_sessions=8), page, voice)
     yield running
     running.close()
 
@@ -115,6 +118,30 @@ def test_the_embedded_world_draws_a_clip(freedoom: Any, look: Any, wait: Any, po
     wait(lambda: view.page.evaluate("document.querySelector('#ms-clip video').readyState") >= 2)
     view.page.wait_for_timeout(LINGER / 4)
     take(view.page, portraits / "page-generate.png")
+
+
+def test_the_embedded_pictures_follow_what_is_typed(freedoom: Any, look: Any, wait: Any, portraits: Path) -> None:
+    view = look(freedoom.url)
+    view.page.click("#tab-image")
+    view.page.locator("#ms-image-prompt textarea").wait_for(state="visible")
+    view.page.wait_for_load_state("networkidle")
+    view.page.fill("#ms-image-prompt textarea", "a red apple")
+    wait(lambda: "drawn in" in view.page.inner_text("#ms-image-pictures"), 60)
+    assert view.page.locator("#ms-image-pictures img").count() == 4
+    take(view.page, portraits / "page-image.png")
+
+
+def test_the_embedded_voice_speaks(freedoom: Any, look: Any, wait: Any, portraits: Path) -> None:
+    view = look(freedoom.url)
+    view.page.click("#tab-sound")
+    wait(lambda: view.page.inner_text("#panel-sound .line") == "Ready")
+    view.page.fill("#say-text", "A millstream is a steady current, put to work. What it carries, it carries on.")
+    view.page.press("#say-text", "Enter")
+    wait(lambda: "first sound" in view.page.inner_text("#panel-sound .line"), 60)
+    view.page.wait_for_timeout(LINGER / 3)
+    take(view.page, portraits / "page-sound.png")
+    kept = "document.querySelector('.ms').page.sound.kept"
+    assert view.page.evaluate(f"Math.max(...{kept}.map((piece) => Math.max(...piece)))") > 0.05
 
 
 def test_a_phone(freedoom: Any, look: Any, wait: Any, portraits: Path) -> None:
