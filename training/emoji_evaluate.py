@@ -20,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..pipelines.image import ORDERS, ImagePipeline
 from ..samplers.token_sampler import OrderName
@@ -70,8 +71,10 @@ def draw(pipe: ImagePipeline, prompts: Sequence[str], *, batch: int = 256, **giv
     return torch.cat(parts), time.perf_counter() - start
 
 
-def evaluate(pipe: ImagePipeline, emojis: Emojis, net: Recognizer, *, count: int, steps: int | None) -> dict[str, Any]:
-    """Every measure of the report."""
+def evaluate(
+    pipe: ImagePipeline, emojis: Emojis, net: Recognizer, *, count: int, steps: int | None, kept: Path | None = None
+) -> dict[str, Any]:
+    """Every measure of the report, written to `kept` as it grows, so that a run may be cut off."""
     device = next(net.parameters()).device
     pictures = emojis.pictures.to(device)
     some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[: 4 * count].to(device)
@@ -82,17 +85,19 @@ def evaluate(pipe: ImagePipeline, emojis: Emojis, net: Recognizer, *, count: int
         "true": accuracy(net, true, some),
         "through_codec": accuracy(net, through, some),
     }
-    for order in [name for name in get_args(OrderName) if name in ORDERS[pipe.transformer.config["kind"]]]:
-        for kind in ("unseen", "keywords", "seen"):
-            prompts, wanted = ask(emojis, count, 1, kind)
-            if not prompts:
-                continue
-            drawn, seconds = draw(pipe, prompts, order=order, num_inference_steps=None if order == "raster" else steps)
-            report[f"{order}, {kind}"] = {
-                **accuracy(net, drawn.to(device), wanted),
-                "prompts": len(prompts),
-                "pictures_per_second": round(len(prompts) / seconds, 1),
-            }
+    orders = [name for name in get_args(OrderName) if name in ORDERS[pipe.transformer.config["kind"]]]
+    for order, kind in tqdm(list(product(orders, ("unseen", "keywords", "seen"))), desc="drawing"):
+        prompts, wanted = ask(emojis, count, 1, kind)
+        if not prompts:
+            continue
+        drawn, seconds = draw(pipe, prompts, order=order, num_inference_steps=None if order == "raster" else steps)
+        report[f"{order}, {kind}"] = {
+            **accuracy(net, drawn.to(device), wanted),
+            "prompts": len(prompts),
+            "pictures_per_second": round(len(prompts) / seconds, 1),
+        }
+        if kept is not None:
+            kept.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
@@ -158,9 +163,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         net = train_recognizer(emojis, pipe.codec, device, steps=arguments.recognizer_steps)
         torch.save(net.state_dict(), kept)
-    report = evaluate(pipe, emojis, net, count=arguments.count, steps=arguments.steps)
+    path = arguments.out / "report.json"
+    report = evaluate(pipe, emojis, net, count=arguments.count, steps=arguments.steps, kept=path)
     text = json.dumps({"model": str(arguments.model), "device": str(device), **report}, indent=2)
-    (arguments.out / "report.json").write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     write_sheet(pipe, emojis, arguments.out / "sheet.png")
     print(text)
     if arguments.sweep:
