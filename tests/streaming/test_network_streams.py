@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -52,13 +53,14 @@ class RtspServer:
         threading.Thread(target=self.serve, daemon=True).start()
 
     @staticmethod
-    def _listen(port: int, tries: int = 50) -> socket.socket:
-        """A camera that dials this very port may hold it for a moment as its own outgoing one."""
-        for _ in range(tries):
+    def _listen(port: int) -> socket.socket:
+        """Below the ports of outgoing connections: a camera that dials one of those while nobody listens there may be
+        given it as its own, be connected to itself, and hold it."""
+        for _ in range(50):
             with contextlib.suppress(OSError):
-                return socket.create_server(("127.0.0.1", port))
+                return socket.create_server(("127.0.0.1", port or random.randrange(20_000, 30_000)))
             time.sleep(0.1)
-        return socket.create_server(("127.0.0.1", port))
+        raise OSError("no port is free")
 
     def serve(self) -> None:
         with contextlib.suppress(OSError):
