@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", default="two_pass", choices=get_args(TrainedKind), help="default: %(default)s")
     parser.add_argument("--dim", type=int, default=192, help="width, a multiple of 64 (default: 192)")
     parser.add_argument("--layers", type=int, default=3, help="layers of each pass (default: 3)")
-    add_budget(parser, minutes=9.0, batch_size=256, unit="pictures", rate=1e-3)
+    add_budget(parser, minutes=9.0, batch_size=512, unit="pictures", rate=1e-3)
     arguments = parser.parse_args(argv)
     # Three thousand pictures are to be remembered, not generalised from: no weight decay.
     budget = budget_from(arguments, weight_decay=0.0)
