@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .generate import asking
@@ -17,6 +18,7 @@ PICTURES = 4
 MOST_STEPS = 64
 LONGEST_PROMPT = 200
 BROWSERS_KNOWN = 1000
+LONGEST_TURN = 2.0  # seconds that a newer wish waits for the older one's last step
 AT_ONCE = 4  # browsers that are drawn for at a time; the same number of older wishes can be on their way out
 ORDERS = {"all over": "random", "the surest first": "masked", "line by line": "raster"}
 EMPTY = "<p class='ms-empty'>Type what you want to see. The pictures follow while you type.</p>"
@@ -72,6 +74,7 @@ class Wishes:
 
     def __init__(self) -> None:
         self._newest: OrderedDict[str, float] = OrderedDict()
+        self._turns: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def wish(self, who: str, stamp: float) -> bool:
@@ -82,12 +85,24 @@ class Wishes:
             self._newest[who] = stamp
             self._newest.move_to_end(who)
             if len(self._newest) > BROWSERS_KNOWN:
-                self._newest.popitem(last=False)
+                self._turns.pop(self._newest.popitem(last=False)[0], None)
             return True
 
     def stands(self, who: str, stamp: float) -> bool:
         with self._lock:
             return self._newest.get(who) == stamp
+
+    @contextmanager
+    def turn(self, who: str) -> Iterator[None]:
+        """Begin when what `who` wished before has shown its last, so that an older picture never covers a newer one."""
+        with self._lock:
+            turn = self._turns.setdefault(who, threading.Lock())
+        mine = turn.acquire(timeout=LONGEST_TURN)  # a drawing whose browser is gone may never end
+        try:
+            yield
+        finally:
+            if mine:
+                turn.release()
 
 
 def _drawer(gr: Any, image: Callable[[], Any]) -> Any:
@@ -99,11 +114,11 @@ def _drawer(gr: Any, image: Callable[[], Any]) -> Any:
         who, when = request.session_hash or "", time.monotonic() if stamp is None else stamp
         if not wishes.wish(who, when):
             return
-        if not prompt.strip():
-            yield EMPTY
-            return
         try:
-            with turns:
+            with wishes.turn(who), turns:
+                if not prompt.strip():
+                    yield EMPTY
+                    return
                 for pictures, told in drawing(image(), prompt, order, int(steps or 0), int(seed or 0)):
                     if not wishes.stands(who, when):
                         return

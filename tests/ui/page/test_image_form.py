@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import threading
 from typing import Any
 
 import numpy as np
@@ -139,3 +140,26 @@ def test_the_newest_wish_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(form, "BROWSERS_KNOWN", 2)
     wishes.wish("another", 9.0)
     assert not wishes.stands("me", 2.0), "the browser that was silent longest is forgotten"
+
+
+def test_an_older_picture_never_covers_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes, shown = form.Wishes(), []
+    older = wishes.turn("me")
+    older.__enter__()
+
+    def newer(who: str) -> None:
+        with wishes.turn(who):
+            shown.append(who)
+
+    waiting = threading.Thread(target=newer, args=("me",))
+    waiting.start()
+    newer("you")
+    waiting.join(0.1)
+    assert shown == ["you"]
+    older.__exit__(None, None, None)
+    waiting.join()
+    assert shown == ["you", "me"]
+    monkeypatch.setattr(form, "LONGEST_TURN", 0.05)
+    wishes.turn("gone").__enter__()
+    newer("gone")
+    assert shown == ["you", "me", "gone"], "a drawing that never ends is not waited for"
