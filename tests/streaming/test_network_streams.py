@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import re
 import socket
 import subprocess
@@ -46,21 +45,11 @@ class RtspServer:
 
     def __init__(self, film, port: int = 0) -> None:
         self.film = film
-        self.listener = self._listen(port)
+        self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
         self.viewer: socket.socket | None = None
         self.asked: list[str] = []
         threading.Thread(target=self.serve, daemon=True).start()
-
-    @staticmethod
-    def _listen(port: int) -> socket.socket:
-        """Below the ports of outgoing connections: a camera that dials one of those while nobody listens there may be
-        given it as its own, be connected to itself, and hold it."""
-        for _ in range(50):
-            with contextlib.suppress(OSError):
-                return socket.create_server(("127.0.0.1", port or random.randrange(20_000, 30_000)))
-            time.sleep(0.1)
-        raise OSError("no port is free")
 
     def serve(self) -> None:
         with contextlib.suppress(OSError):
@@ -98,6 +87,7 @@ class RtspServer:
                     viewer.sendall(b"$\0" + len(packet).to_bytes(2, "big") + packet)
 
     def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)  # a thread that waits in `accept` would hold the port
         self.listener.close()
         if self.viewer is not None:
             self.viewer.close()
