@@ -110,7 +110,7 @@ def _drawer(gr: Any, image: Callable[[], Any]) -> Any:
 
     def draw(
         prompt: str, order: str, steps: float | None, seed: float | None, stamp: float | None, request: Any
-    ) -> Iterator[str]:
+    ) -> Iterator[Any]:
         who, when = request.session_hash or "", time.monotonic() if stamp is None else stamp
         if not wishes.wish(who, when):
             return
@@ -121,6 +121,7 @@ def _drawer(gr: Any, image: Callable[[], Any]) -> Any:
                     return
                 for pictures, told in drawing(image(), prompt, order, int(steps or 0), int(seed or 0)):
                     if not wishes.stands(who, when):
+                        yield gr.skip()  # else Gradio would show the last step once more when this ends
                         return
                     yield figure(pictures, told)
         except (ValueError, OSError, ImportError) as error:
