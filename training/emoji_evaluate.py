@@ -72,9 +72,15 @@ def draw(pipe: ImagePipeline, prompts: Sequence[str], *, batch: int = 256, **giv
 
 
 def evaluate(
-    pipe: ImagePipeline, emojis: Emojis, net: Recognizer, *, count: int, steps: int | None, kept: Path | None = None
+    pipe: ImagePipeline,
+    emojis: Emojis,
+    net: Recognizer,
+    *,
+    count: int,
+    steps: int | None,
+    keep: Callable[[dict[str, Any]], object] = lambda report: None,
 ) -> dict[str, Any]:
-    """Every measure of the report, written to `kept` as it grows, so that a run may be cut off."""
+    """Every measure of the report; `keep` gets it as it grows, so that a run may be cut off."""
     device = next(net.parameters()).device
     pictures = emojis.pictures.to(device)
     some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[: 4 * count].to(device)
@@ -96,8 +102,7 @@ def evaluate(
             "prompts": len(prompts),
             "pictures_per_second": round(len(prompts) / seconds, 1),
         }
-        if kept is not None:
-            kept.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        keep(report)
     return report
 
 
@@ -163,10 +168,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         net = train_recognizer(emojis, pipe.codec, device, steps=arguments.recognizer_steps)
         torch.save(net.state_dict(), kept)
-    path = arguments.out / "report.json"
-    report = evaluate(pipe, emojis, net, count=arguments.count, steps=arguments.steps, kept=path)
-    text = json.dumps({"model": str(arguments.model), "device": str(device), **report}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    about = {"model": str(arguments.model), "device": str(device)}
+
+    def keep(report: dict[str, Any]) -> str:
+        text = json.dumps({**about, **report}, indent=2)
+        (arguments.out / "report.json").write_text(text + "\n", encoding="utf-8")
+        return text
+
+    text = keep(evaluate(pipe, emojis, net, count=arguments.count, steps=arguments.steps, keep=keep))
     write_sheet(pipe, emojis, arguments.out / "sheet.png")
     print(text)
     if arguments.sweep:

@@ -115,15 +115,18 @@ def _drawer(gr: Any, image: Callable[[], Any]) -> Any:
         if not wishes.wish(who, when):
             return
         try:
-            with wishes.turn(who), turns:
+            with wishes.turn(who):
+                if not wishes.stands(who, when):  # a newer one came while this one waited
+                    return
                 if not prompt.strip():
                     yield EMPTY
                     return
-                for pictures, told in drawing(image(), prompt, order, int(steps or 0), int(seed or 0)):
-                    if not wishes.stands(who, when):
-                        yield gr.skip()  # else Gradio would show the last step once more when this ends
-                        return
-                    yield figure(pictures, told)
+                with turns:
+                    for pictures, told in drawing(image(), prompt, order, int(steps or 0), int(seed or 0)):
+                        if not wishes.stands(who, when):
+                            yield gr.skip()  # else Gradio would show the last step once more when this ends
+                            return
+                        yield figure(pictures, told)
         except (ValueError, OSError, ImportError) as error:
             raise gr.Error(f"{error}", title="This can't be drawn", print_exception=False) from error
 
