@@ -9,9 +9,12 @@ the host and ends as pixels on the host. Variants:
   rest as the img2img call does it.
 - `diffusers, compiled whole`: the strongest that a careful user writes: one compiled function from bytes to bytes
   around the same parts, channels-last, pinned memory.
-- `millstream ...`: `LiveImagePipeline`, with and without torch.compile, overlapped or one frame after the other.
+- `millstream ...`: `LiveImagePipeline` as it is, compiled without tuning ("default") or with it, overlapped or one
+  frame after the other.
 
-`--quick` compiles in mode "reduce-overhead" (ours: "default") instead of tuning, and leaves out the compiled parts.
+`frames_per_second` counts pictures on the host; `seconds_to_picture_p50` is how long one frame's picture takes from the
+call that gives the frame to the return of the call that has its picture: two calls where they overlap. `--quick` leaves
+out all that is tuned; diffusers is then compiled whole in mode "reduce-overhead".
 Before anything is timed the picture of every variant is compared with the eager one; `error` is the mean difference in
 steps of a byte, `spread` the deviation of the picture itself. A variant that is off by more than a twentieth of the
 spread is not timed. What is measured is written to `--out` after every variant, so a run may be cut off.
@@ -26,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,26 +73,31 @@ def main() -> None:
 
 def plan(device: torch.device, *, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
     """What is measured, the most important first."""
-    theirs, ours = ("reduce-overhead", "default") if quick else ("max-autotune", True)
     if device.type != "cuda":
-        return {
-            "millstream, overlapped": partial(measure, device, partial(millstream, overlap=True, compiled=False)),
-            "diffusers, eager": partial(measure, device, partial(whole, mode=None)),
+        variants = {
+            "millstream, overlapped": (partial(millstream, overlap=True, compiled=False), True),
+            "diffusers, eager": (partial(whole, mode=None), False),
         }
-    variants = {
-        "millstream, overlapped": partial(millstream, overlap=True, compiled=False),
-        "diffusers, compiled whole": partial(whole, mode=theirs),
-        "millstream, compiled, overlapped": partial(millstream, overlap=True, compiled=ours),
-        "millstream, compiled, one after the other": partial(millstream, overlap=False, compiled=ours),
-    }
-    if not quick:
-        variants["diffusers, compiled parts"] = partial(in_parts, mode=theirs)
-    return {name: partial(measure, device, make) for name, make in variants.items()}
+    else:
+        tuned = {
+            "diffusers, compiled whole": (partial(whole, mode="max-autotune"), False),
+            "millstream, tuned, overlapped": (partial(millstream, overlap=True, compiled=True), True),
+            "millstream, tuned, in order": (partial(millstream, overlap=False, compiled=True), False),
+            "diffusers, compiled parts": (partial(in_parts, mode="max-autotune"), False),
+        }
+        variants = {
+            "millstream, overlapped": (partial(millstream, overlap=True, compiled=False), True),
+            "millstream, compiled, overlapped": (partial(millstream, overlap=True, compiled="default"), True),
+            "millstream, compiled, in order": (partial(millstream, overlap=False, compiled="default"), False),
+            "diffusers, compiled whole, not tuned": (partial(whole, mode="reduce-overhead"), False),
+            **({} if quick else tuned),
+        }
+    return {name: partial(measure, device, make, late=late) for name, (make, late) in variants.items()}
 
 
 @torch.no_grad()
-def measure(device: torch.device, make: Callable[[Any], Draw]) -> dict[str, Any]:
-    """Frames in a row for a few seconds."""
+def measure(device: torch.device, make: Callable[[Any], Draw], *, late: bool) -> dict[str, Any]:
+    """Frames in a row for a few seconds; `late` if a picture comes one call after its frame."""
     pipe = make_pipe(device)
     side = 8 * pipe.unet.config.sample_size
     generator = torch.Generator().manual_seed(1)
@@ -97,9 +106,9 @@ def measure(device: torch.device, make: Callable[[Any], Draw]) -> dict[str, Any]
     wanted = whole(pipe, mode=None)(frames[1])
     draw = make(pipe)
     start = time.perf_counter()
-    for number in range(12):  # compiles, tunes, records
+    for number in range(16):  # compiles, tunes, records
         draw(frames[0])
-        print(f"#   warm-up {number + 1} of 12: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        print(f"#   warm-up {number + 1} of 16: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     ready = time.perf_counter() - start
     draw(frames[1])
     error = float((draw(frames[1]) - wanted).abs().mean() * 255)  # an overlapped frame comes one call later
@@ -111,6 +120,7 @@ def measure(device: torch.device, make: Callable[[Any], Draw]) -> dict[str, Any]
         "frames_per_second": round(len(times) / sum(times), 1),
         "seconds_p50": statistics.median(times),
         "seconds_p99": statistics.quantiles(times, n=100)[-1],
+        "seconds_to_picture_p50": statistics.median(map(sum, pairwise(times)) if late else times),
         "frames": len(times),
         "warmup_seconds": round(ready, 1),
         "error": round(error, 3),
@@ -162,7 +172,8 @@ def constants(pipe: Any) -> tuple[float, float, Tensor, Tensor]:
 def whole(pipe: Any, *, mode: str | None) -> Draw:
     """One function from bytes on the device to bytes on the device, around diffusers' parts."""
     a, b, timestep, noise = constants(pipe)
-    text, dtype = pipe.encode_prompt()[0], pipe.unet.dtype
+    # The device is asked for once: diffusers finds it by walking through all modules.
+    text, dtype, device = pipe.encode_prompt()[0], pipe.unet.dtype, pipe.unet.device
     if mode is not None:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
@@ -176,10 +187,10 @@ def whole(pipe: Any, *, mode: str | None) -> Draw:
 
     if mode is not None:
         drawn = torch.compile(drawn, mode=mode)
-    pinned = pipe.unet.device.type == "cuda"
+    pinned = device.type == "cuda"
 
     def draw(frame: Tensor) -> Tensor:
-        picture = (frame.pin_memory() if pinned else frame).to(pipe.unet.device, non_blocking=True)
+        picture = (frame.pin_memory() if pinned else frame).to(device, non_blocking=True)
         if mode is not None:
             torch.compiler.cudagraph_mark_step_begin()
         return drawn(picture, noise, text).cpu()

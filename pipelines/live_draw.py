@@ -18,7 +18,7 @@ from ..kernels import philox_normal
 from ..samplers.flow import add_noise
 from ..samplers.guidance import Residual, combine
 from ..streaming import ImageControl
-from ..streaming.graphs import Recordings
+from .live_lanes import Lane
 from .live_levels import Levels, read_levels
 from .live_networks import Condition, network_of
 from .live_state import LiveFrame
@@ -30,12 +30,20 @@ ASKED_TWICE = ("pair", "initialize")
 
 
 class ImageDrawer:
-    """The part of a live image pipeline that runs the networks."""
+    """The part of a live image pipeline that runs the networks.
 
-    def __init__(self, pipe: Any, size: tuple[int, int], steps: int) -> None:
+    Args:
+        pipe: diffusers' pipeline, whose parts are used.
+        size: (height, width) in pixels.
+        steps: of a frame, unless its control says otherwise.
+        lanes: ticks that may be under way at the same time.
+    """
+
+    def __init__(self, pipe: Any, size: tuple[int, int], steps: int, *, lanes: int = 1) -> None:
         self.pipe, self.size, self.steps = pipe, size, steps
         self.network = network_of(pipe, size)
-        self._recordings: Recordings | None = None
+        self._codec_dtype: torch.dtype = pipe.vae.dtype
+        self._count, self._lanes, self._turn = lanes, list[Lane](), 0
         self._levels: dict[tuple[int, float], Levels] = {}  # reading a scheduler takes as long as half a frame
         self._levels_of: Any = None
         self._reading = RLock()  # prompts are read by whoever steers
@@ -43,20 +51,27 @@ class ImageDrawer:
 
     @property
     def device(self) -> torch.device:
-        return self.network.module.device
+        return self.network.device
 
     @property
-    def recordings(self) -> Recordings:
-        """Of the steps; made anew when the weights have moved to another device."""
-        if self._recordings is None or self._recordings.device != self.device:
-            self._recordings = Recordings(self.device)
-        return self._recordings
+    def lanes(self) -> Sequence[Lane]:
+        """Where ticks run, by turns; made anew when the weights have moved to another device."""
+        if not self._lanes or self._lanes[0].recordings.device != self.device:
+            self._lanes = [Lane(self.device, own_stream=self._count > 1) for _ in range(self._count)]
+        return self._lanes
+
+    def next_lane(self) -> Lane:
+        self._turn += 1
+        return self.lanes[self._turn % self._count]
 
     def settle(self) -> None:
         """Notice parts whose weights were exchanged; called when a stream begins."""
         with self._reading:
             self._read.clear()
-        self.recordings.follow([*self.network.module.parameters(), *self.pipe.vae.parameters()])
+        self.network.settle()
+        self._codec_dtype = self.pipe.vae.dtype
+        for lane in self.lanes:
+            lane.recordings.follow([*self.network.module.parameters(), *self.pipe.vae.parameters()])
 
     def prepare(self, *, compiled: bool | str) -> None:
         """Lay the weights out for a GPU, and let torch.compile have them if wanted."""
@@ -101,7 +116,7 @@ class ImageDrawer:
             self._read.move_to_end(key)
             return self._read[key]
 
-    def take_in(self, picture: Tensor, seed: int, number: int, levels: Levels) -> tuple[Tensor, Tensor]:
+    def take_in(self, lane: Lane, picture: Tensor, seed: int, number: int, levels: Levels) -> tuple[Tensor, Tensor]:
         """A picture [3, H, W], floats in [0, 1] or uint8: (noised latents, clean latents), each [C, h, w]."""
 
         def taken(picture: Tensor, numbers: Tensor, sigma: Tensor) -> Tensor:
@@ -110,7 +125,7 @@ class ImageDrawer:
             return torch.cat([add_noise(clean, noise, sigma), clean])
 
         numbers, sigma = torch.tensor([[seed], [number]]), torch.full((1, 1, 1, 1), levels.steps[0].sigma)
-        noisy, clean = self._run(("take in",), taken, [picture, numbers, sigma])
+        noisy, clean = _run(lane, ("take in",), taken, [picture, numbers, sigma])
         return noisy, clean
 
     def from_noise(self, seed: int, number: int, levels: Levels) -> Tensor:
@@ -127,9 +142,11 @@ class ImageDrawer:
         pixels = self.pipe.vae_scale_factor
         return self.pipe.vae.config.latent_channels, self.size[0] // pixels, self.size[1] // pixels
 
-    def move(self, frames: Sequence[tuple[int, LiveFrame]]) -> None:
+    def move(self, lane: Lane, frames: Sequence[tuple[int, LiveFrame]]) -> None:
         """One step of every frame, given with its stream's seed, in one pass; all have one rule."""
         told = [self.conditions(frame.control) for _, frame in frames]
+        for _, frame in frames:
+            lane.receive(frame.ready, frame.latents, frame.reference)
         follow: tuple[Follow, ...] = tuple(self._follow(frame) for _, frame in frames)
         rows = [positive for positive, _ in told]
         rows += [negative for (_, negative), how in zip(told, follow) if how in ASKED_TWICE and negative is not None]
@@ -148,9 +165,13 @@ class ImageDrawer:
         numbers = torch.tensor([[seed for seed, _ in frames], [frame.number for _, frame in frames]])
         together = [torch.stack([getattr(frame, name) for _, frame in frames]) for name in ("latents", "reference")]
         columns = torch.tensor([self._column(frame) for _, frame in frames]).T.contiguous()
+        for row in rows:
+            lane.receive(None, *row)
         conditions = [torch.cat(parts) for parts in zip(*rows, strict=True)]
-        drawn = self._run(("move", rule, follow, steps), moved, [numbers, *together, columns, *conditions])
+        drawn = _run(lane, ("move", rule, follow, steps), moved, [numbers, *together, columns, *conditions])
+        ready = lane.done()
         for (_, frame), latents, reference in zip(frames, *drawn):
+            frame.ready = ready
             frame.latents, frame.reference, frame.step = latents, reference, frame.step + 1
 
     def _flows(
@@ -163,7 +184,7 @@ class ImageDrawer:
         if twice:
             inputs = torch.cat([inputs, *(inputs[row : row + 1] for row in twice)])
             times = torch.cat([times, *(times[row : row + 1] for row in twice)])
-        out = self.network(inputs.to(self.network.module.dtype), times, conditions).float()
+        out = self.network(inputs.to(self.network.dtype), times, conditions).float()
         second = {row: keep[row] * x[row] + take[row] * out[len(x) + index] for index, row in enumerate(twice)}
         return keep * x + take * out[: len(x)], second
 
@@ -180,18 +201,18 @@ class ImageDrawer:
         asking = [level.scale, level.timestep, level.keep, level.take]
         return [level.sigma, level.sigma_next, *asking, self.scale_of(frame.control), frame.control.delta]
 
-    def decode(self, latents: Tensor, *, bytes_: bool = False) -> Tensor:
+    def decode(self, lane: Lane, latents: Tensor, *, bytes_: bool = False) -> Tensor:
         """Latents [B, C, h, w] as pictures [B, 3, H, W] in [0, 1], or in uint8."""
 
         def decoded(latents: Tensor) -> Tensor:
             return self._paint(latents, bytes_)
 
-        return self._run(("decode", bytes_), decoded, [latents])
+        return _run(lane, ("decode", bytes_), decoded, [latents])
 
     def _paint(self, latents: Tensor, bytes_: bool) -> Tensor:
         config = self.pipe.vae.config
         raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        (picture,) = self.pipe.vae.decode(raw.to(self.pipe.vae.dtype), return_dict=False)
+        (picture,) = self.pipe.vae.decode(raw.to(self._codec_dtype), return_dict=False)
         picture = (picture.float() / 2 + 0.5).clamp(0, 1)
         return (picture * 255 + 0.5).to(torch.uint8) if bytes_ else picture.contiguous()
 
@@ -199,17 +220,18 @@ class ImageDrawer:
         """Pictures [B, 3, H, W] to scaled latents, the middle of their distribution where there is one."""
         vae = self.pipe.vae
         pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
-        encoded = vae.encode((2 * pictures - 1).to(vae.dtype))
+        encoded = vae.encode((2 * pictures - 1).to(self._codec_dtype))
         if hasattr(encoded, "latent_dist"):
             latents = encoded.latent_dist.mode()
         else:
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
-    def _run(self, kind: tuple[Any, ...], step: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
-        done = self.recordings.run(kind, step, inputs)
-        assert done is not None, "these steps give tensors"
-        return done
+
+def _run(lane: Lane, kind: tuple[Any, ...], step: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+    done = lane.recordings.run(kind, step, inputs)
+    assert done is not None, "these steps give tensors"
+    return done
 
 
 def _others(

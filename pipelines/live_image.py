@@ -24,9 +24,9 @@ from ..streaming import Chunk, Frame, ImageControl, Session
 from ..streaming.types import Leaves
 from .inputs import leaves_out, look_at
 from .live_draw import ImageDrawer
+from .live_lanes import Arriving, Lane
 from .live_session import SourceSession, size_of
 from .live_state import LiveFrame, LiveImageState, from_leaves, to_leaves
-from .live_transfer import Arriving, upload
 from .video_output import is_offloaded
 
 STEPS = {"LCMScheduler": 4, "SCMScheduler": 2}  # unless said otherwise; of other schedulers 2, so that half is 1
@@ -39,10 +39,9 @@ class LiveImagePipeline(ImageDrawer):
     """
 
     def __init__(self, pipe: Any, size: tuple[int, int], *, steps: int, rate: float, overlap: bool) -> None:
-        super().__init__(pipe, size, steps)
+        super().__init__(pipe, size, steps, lanes=2 if overlap else 1)
         self.rate, self.overlap = rate, overlap
         self._sharing = RLock()
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
 
     @classmethod
     def from_diffusers(
@@ -136,7 +135,8 @@ class LiveImagePipeline(ImageDrawer):
         session = Session(self, control, generator=torch.Generator().manual_seed(0))
         with session:
             steps = len(self.levels(control, drawn_from="picture" if pictures else "words").steps)
-            for _ in range(2 * steps + self.recordings.patience if self.recordings.records else 1):
+            first = self.lanes[0].recordings
+            for _ in range(len(self.lanes) * (2 * steps + first.patience) if first.records else 1):
                 session.step(Frame(grey, 0.0) if pictures else None)
             session.flush()
 
@@ -166,6 +166,7 @@ class LiveImagePipeline(ImageDrawer):
         for frame, control in zip(media, controls):
             self._check_picture(frame, control)
         with self._sharing:
+            lane = self.next_lane()
             chunks: list[list[Chunk]] = [[] for _ in states]
             alone, flying = [], []
             for number, (state, control, frame) in enumerate(zip(states, controls, media)):
@@ -176,13 +177,13 @@ class LiveImagePipeline(ImageDrawer):
                         chunks[number] += self._arrived(state)
                         chunks[number].append(self._again(state, control, frame))
                     continue
-                entering = self._enter(state, control, frame)
+                entering = self._enter(lane, state, control, frame)
                 if state.flying and len(state.flying[0].levels.steps) != len(entering.levels.steps):
-                    self._move_until_done([state], chunks, [number])
+                    self._move_until_done(lane, [state], chunks, [number])
                 state.flying.append(entering)
                 (flying if control.stream_batch else alone).append(number)
-            self._move_until_done([states[number] for number in alone], chunks, alone)
-            self._tick([states[number] for number in flying], chunks, flying)
+            self._move_until_done(lane, [states[number] for number in alone], chunks, alone)
+            self._tick(lane, [states[number] for number in flying], chunks, flying)
             for state, control, drawn in zip(states, controls, chunks):
                 state.picture = drawn[-1].data.clone() if drawn and control.skip_similar is not None else state.picture
                 state.picture = None if control.skip_similar is None else state.picture
@@ -193,7 +194,7 @@ class LiveImagePipeline(ImageDrawer):
         """The pictures that are still under way."""
         with self._sharing:
             chunks: list[list[Chunk]] = [[]]
-            self._move_until_done([state], chunks, [0])
+            self._move_until_done(self.next_lane(), [state], chunks, [0])
             return [*chunks[0], *self._arrived(state)]
 
     def save(self, state: LiveImageState) -> Leaves:
@@ -202,6 +203,9 @@ class LiveImagePipeline(ImageDrawer):
                 raise ValueError(
                     "a pipeline with overlap=True has pictures on their way that a snapshot would lose; make it without"
                 )
+            for frame in state.flying:
+                if frame.ready is not None:
+                    frame.ready.synchronize()
             return to_leaves(state)
 
     def load(self, leaves: Leaves) -> LiveImageState:
@@ -223,44 +227,52 @@ class LiveImagePipeline(ImageDrawer):
 
     # Frames
 
-    def _enter(self, state: LiveImageState, control: ImageControl, frame: Frame | None) -> LiveFrame:
+    def _enter(self, lane: Lane, state: LiveImageState, control: ImageControl, frame: Frame | None) -> LiveFrame:
         levels = self.levels(control, drawn_from="words" if frame is None else "picture")
         number, state.frame = state.frame, state.frame + 1
-        if frame is None:
-            latents = self.from_noise(state.seed, number, levels)
-            return LiveFrame(latents, torch.zeros_like(latents), number, control, levels, time.monotonic())
-        look_at(state, control, frame.data)
-        picture = upload(frame.data, self.device, self._copying[0] if self.overlap else None)
-        latents, clean = self.take_in(picture, state.seed, number, levels)
-        return LiveFrame(latents, clean, number, control, levels, frame.time)
+        if frame is not None:
+            look_at(state, control, frame.data)
+        with lane.entered():
+            if frame is None:
+                latents = self.from_noise(state.seed, number, levels)
+                clean = torch.zeros_like(latents)
+            else:
+                latents, clean = self.take_in(lane, lane.upload(frame.data), state.seed, number, levels)
+        when = time.monotonic() if frame is None else frame.time
+        return LiveFrame(latents, clean, number, control, levels, when, ready=lane.done())
 
     def _move_until_done(
-        self, states: Sequence[LiveImageState], chunks: Sequence[list[Chunk]], numbers: Sequence[int]
+        self, lane: Lane, states: Sequence[LiveImageState], chunks: Sequence[list[Chunk]], numbers: Sequence[int]
     ) -> None:
         while any(state.flying for state in states):
-            self._tick(states, chunks, numbers)
+            self._tick(lane, states, chunks, numbers)
 
-    def _tick(self, states: Sequence[LiveImageState], chunks: Sequence[list[Chunk]], numbers: Sequence[int]) -> None:
+    def _tick(
+        self, lane: Lane, states: Sequence[LiveImageState], chunks: Sequence[list[Chunk]], numbers: Sequence[int]
+    ) -> None:
         """Move every frame under way one step on, and put those that are finished into `chunks`."""
         flying = [(state.seed, frame) for state in states for frame in state.flying]
         rules = dict.fromkeys(frame.levels.rule for _, frame in flying)  # one, unless the scheduler was exchanged
-        for rule in rules:
-            self.move([entry for entry in flying if entry[1].levels.rule == rule])
+        with lane.entered():
+            for rule in rules:
+                self.move(lane, [entry for entry in flying if entry[1].levels.rule == rule])
+        before = [len(state.arriving) for state in states]
         for state, number in zip(states, numbers):
-            if self.overlap:
-                chunks[number].extend(self._arrived(state))
             if state.flying and state.flying[0].step == len(state.flying[0].levels.steps):
                 frame = state.flying.pop(0)
-                picture = self.decode(frame.levels.final * frame.latents[None], bytes_=self.overlap)
                 version, when = frame.control.version, frame.time
-                if self.overlap:
-                    state.arriving.append((Arriving(picture, self._copying[1]), version, when))
-                else:
+                with lane.entered():
+                    picture = self.decode(lane, frame.levels.final * frame.latents[None], bytes_=self.overlap)
+                    if self.overlap:
+                        state.arriving.append((Arriving(picture, lane), version, when))
+                if not self.overlap:
                     chunks[number].append(self._handed_out(state, picture, version, when))
+        for state, number, count in zip(states, numbers, before):  # waited for once everything is asked of the device
+            chunks[number].extend(self._arrived(state, count))
 
-    def _arrived(self, state: LiveImageState) -> list[Chunk]:
-        """What was on its way to the host."""
-        arriving, state.arriving = state.arriving, []
+    def _arrived(self, state: LiveImageState, count: int | None = None) -> list[Chunk]:
+        """What was on its way to the host: the first `count`, or all."""
+        arriving, state.arriving = state.arriving[:count], [] if count is None else state.arriving[count:]
         return [self._handed_out(state, each.wait(), version, when) for each, version, when in arriving]
 
     def _handed_out(self, state: LiveImageState, picture: Tensor, version: int, when: float) -> Chunk:
@@ -270,15 +282,6 @@ class LiveImagePipeline(ImageDrawer):
     def _again(self, state: LiveImageState, control: ImageControl, frame: Frame) -> Chunk:
         assert state.picture is not None, "the filter skips nothing before there is a picture to give again"
         return self._handed_out(state, state.picture.clone(), control.version, frame.time)
-
-    @property
-    def _copying(self) -> tuple[Any, Any]:
-        """The streams that copy to the device and back."""
-        if self.device.type != "cuda":
-            return None, None
-        if self._streams is None or self._streams[0].device != self.device:
-            self._streams = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
-        return self._streams
 
     def _check_picture(self, frame: Frame | None, control: ImageControl) -> None:
         if frame is None:

@@ -28,6 +28,7 @@ class LiveNetwork:
         patch: latents a side that are one token.
         guidance: the scale that is taken if none is given.
         module: the network itself.
+        dtype: what it computes in, as of the last `settle`.
     """
 
     rounds_up: ClassVar[bool] = True
@@ -36,10 +37,20 @@ class LiveNetwork:
 
     def __init__(self, pipe: Any, size: tuple[int, int]) -> None:
         self.pipe, self.size = pipe, size
+        self.settle()
+
+    def settle(self) -> None:
+        """Look at weights that may have been converted."""
+        self.dtype: torch.dtype = self.module.dtype
 
     @property
     def module(self) -> Any:
         return getattr(self.pipe, self.part)
+
+    @property
+    def device(self) -> torch.device:
+        """Asked often: diffusers' own `device` looks through all modules, which takes milliseconds."""
+        return next(self.module.parameters()).device
 
     @property
     def reads_guidance(self) -> bool:
@@ -67,7 +78,7 @@ class LiveNetwork:
         """Make the projections to queries, keys and values one, where that is the network's habit."""
 
     def _scale(self, guidance: float) -> Tensor:
-        return torch.full((1,), guidance, device=self.module.device, dtype=torch.float32)
+        return torch.full((1,), guidance, device=self.device, dtype=torch.float32)
 
 
 class UNet(LiveNetwork):
@@ -99,7 +110,7 @@ class UNet(LiveNetwork):
         return 8.5 if self.reads_guidance else 1.0
 
     def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
-        text, silence = self.pipe.encode_prompt(prompt, self.module.device, 1, negative is not None, negative)
+        text, silence = self.pipe.encode_prompt(prompt, self.device, 1, negative is not None, negative)
         told = self._told(guidance)
         return (self._kept(text), *told), None if negative is None else (self._kept(silence), *told)
 
@@ -107,7 +118,7 @@ class UNet(LiveNetwork):
         if not self.reads_guidance:
             return ()
         wide = self.module.config.time_cond_proj_dim
-        return (self.pipe.get_guidance_scale_embedding(self._scale(guidance - 1).cpu(), wide).to(self.module.device),)
+        return (self.pipe.get_guidance_scale_embedding(self._scale(guidance - 1).cpu(), wide).to(self.device),)
 
     def __call__(self, x: Tensor, timestep: Tensor, condition: Sequence[Tensor]) -> Tensor:
         told = condition[1].to(x.dtype) if self.reads_guidance else None
@@ -118,7 +129,7 @@ class LargeUNet(UNet):
     """SDXL, its Turbo and LCM versions."""
 
     def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
-        device, told = self.module.device, self._told(guidance)
+        device, told = self.device, self._told(guidance)
         text, silence, pooled, pooled_silence = self.pipe.encode_prompt(
             prompt,
             device=device,
@@ -160,7 +171,7 @@ class Flux(LiveNetwork):
 
     def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
         def one(words: str) -> Condition:
-            text, pooled, _ = self.pipe.encode_prompt(words, None, device=self.module.device)
+            text, pooled, _ = self.pipe.encode_prompt(words, None, device=self.device)
             return text, pooled, self._scale(guidance)
 
         return one(prompt), None if negative is None else one(negative)
@@ -197,7 +208,7 @@ class StableDiffusion3(LiveNetwork):
             prompt,
             None,
             None,
-            device=self.module.device,
+            device=self.device,
             do_classifier_free_guidance=negative is not None,
             negative_prompt=negative,
         )
@@ -230,7 +241,7 @@ class SanaSprint(LiveNetwork):
         advice = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
 
         def one(words: str) -> Condition:
-            text, mask = self.pipe.encode_prompt(words, device=self.module.device, complex_human_instruction=advice)
+            text, mask = self.pipe.encode_prompt(words, device=self.device, complex_human_instruction=advice)
             return text, mask, self._scale(guidance * self.module.config.guidance_embeds_scale)
 
         return one(prompt), None if negative is None else one(negative)

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..streaming import ImageControl
 from ..streaming.snapshot import control_fields
 from ..streaming.types import Leaves
+from .live_lanes import Arriving
 from .live_levels import Levels
-from .live_transfer import Arriving
 
 FRAME = "flight"
 
@@ -30,6 +31,7 @@ class LiveFrame:
     levels: Levels
     time: float
     step: int = 0
+    ready: torch.cuda.Event | None = None  # after which another lane may read the latents
 
 
 @dataclass

@@ -157,7 +157,7 @@ def test_the_filter_leaves_a_still_picture_out(live: LiveImagePipeline, in_bytes
     still, *moving = [(255 * each).to(torch.uint8) if in_bytes else each for each in pictures(9)]
     passes = []
     original = live.move
-    live.move = lambda frames: (passes.append(len(frames)), original(frames))[1]  # type: ignore[method-assign]
+    live.move = lambda lane, frames: (passes.append(len(frames)), original(lane, frames))[1]  # type: ignore[method-assign]
     try:
         chunks = run(live, [still] * 8, strength=0.25, skip_similar=0.6)
         assert len(chunks) == 8, "the last picture is given again"
@@ -200,6 +200,28 @@ def test_overlap_gives_the_same_pictures_one_tick_later(stable_diffusion: Stable
     assert difference.abs().max() < 0.503 / 255, "but for the rounding to bytes"
 
 
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("strength", [0.25, 0.75])
+def test_lanes_draw_what_one_lane_draws(stable_diffusion: StableDiffusionImg2ImgPipeline, strength: float) -> None:
+    """Two ticks at once, from the first that is not recorded to the last that is; words that change meanwhile."""
+    pipe = copy.deepcopy(stable_diffusion).to("cuda")
+    drawn = []
+    for overlap in (False, True):
+        live = LiveImagePipeline.from_diffusers(pipe, num_inference_steps=4, overlap=overlap)
+        chunks: list[Chunk] = []
+        with live.stream("a fox", strength=strength, generator=seeded()) as session:
+            for number, picture in enumerate(pictures(40)):
+                chunks += session.step(ms.Frame(picture, float(number)))
+                if number % 7 == 6:
+                    session.steer(prompt=f"a fox, seen {number} times")
+            chunks += session.flush()
+        assert [chunk.time for chunk in chunks] == [float(number) for number in range(40)]
+        assert all(len(lane.recordings) >= 3 for lane in live.lanes)
+        drawn.append(together(chunks).cpu())
+    assert (drawn[1] - drawn[0]).abs().max() < 1.01 / 255
+
+
 def test_bytes_are_read_as_floats_are(live: LiveImagePipeline) -> None:
     raw = [(picture * 255).to(torch.uint8) for picture in pictures(2)]
     assert torch.equal(together(run(live, [*raw])), together(run(live, [each.float() / 255 for each in raw])))
@@ -231,7 +253,8 @@ def test_steps_are_recorded_once_they_are_steady(live: LiveImagePipeline) -> Non
         return step
 
     wanted = together(run(live, [*pictures(6)], strength=0.5))
-    live._recordings = Recordings(torch.device("cpu"), record=record)
+    (lane,) = live.lanes
+    unrecorded, lane.recordings = lane.recordings, Recordings(torch.device("cpu"), record=record)
     try:
         live.warmup(ms.ImageControl(strength=0.5))
         recorded = len(kinds)
@@ -239,7 +262,7 @@ def test_steps_are_recorded_once_they_are_steady(live: LiveImagePipeline) -> Non
         torch.testing.assert_close(together(run(live, [*pictures(6)], strength=0.5)), wanted, rtol=0, atol=1e-5)
         assert len(kinds) == recorded, "nothing is recorded once it is warm"
     finally:
-        live._recordings = None
+        lane.recordings = unrecorded
 
 
 def test_the_text_keys_leave_the_pipeline_as_it_was(stable_diffusion: StableDiffusionImg2ImgPipeline) -> None:
