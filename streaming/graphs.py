@@ -7,16 +7,33 @@ depend on nothing but its inputs and on tensors that stay where they are: number
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Step = Callable[..., Tensor | None]
+_recording = RLock()  # PyTorch takes one capture at a time in a process
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within, nobody else records and no garbage is collected: an old graph that is destroyed while a new one is
+    captured spoils the new one."""
+    with _recording:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 class Replay(Protocol):
@@ -47,7 +64,10 @@ class CudaReplay:
             self._step = step  # which holds tensors that the graph reads
             self._graph = torch.cuda.CUDAGraph()
             # Threads that have nothing to do with this stream may go on using CUDA meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with (
+                undisturbed(),
+                torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self._output = step(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:

@@ -4,6 +4,8 @@ A `Tape` stands in for a CUDA graph: it keeps the tensor operations of one run a
 whatever a step reads on the host is baked in, as it would be on a GPU.
 """
 
+import gc
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from millstream.samplers import FlowSampler
 from millstream.streaming import step_together
-from millstream.streaming.graphs import Recordings
+from millstream.streaming.graphs import Recordings, undisturbed
 
 PROMPTS = ["a brick corridor", "a slime arena", "a cave of ice"]
 
@@ -368,6 +370,45 @@ def test_other_threads_may_use_the_gpu_while_a_step_is_recorded(on_gpu, seeded):
     assert not errors
     for one, other in zip(frames, played(on_gpu(10**9), seeded, alone)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_garbage_spoils_no_recording():
+    """Graphs of streams that are gone, in cycles, while the steps of another make garbage as they are recorded."""
+    gone = Recordings(torch.device("cuda"), patience=1)
+    for kind in range(4):
+        gone.run(kind, lambda x: x + 1, [torch.ones(8)])
+    circle = [gone]
+    circle.append(circle)
+    del gone, circle
+
+    def step(x):
+        for _ in range(2000):
+            waste = []
+            waste.append(waste)
+        return x * 2
+
+    recordings = Recordings(torch.device("cuda"), patience=1)
+    for number in range(3):
+        assert torch.equal(
+            recordings.run("step", step, [torch.full((8,), float(number))]).cpu(), torch.full((8,), 2.0 * number)
+        )
+    assert len(recordings) == 1
+
+
+def test_nothing_is_collected_while_a_step_is_recorded():
+    assert gc.isenabled()
+    with undisturbed(), undisturbed():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError), undisturbed():
+            raise ZeroDivisionError
+        assert not gc.isenabled(), "it was off before"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("rule", ["renoise", "heun"])
