@@ -9,7 +9,7 @@ the host and ends as pixels on the host. Variants:
   rest as the img2img call does it.
 - `diffusers, compiled whole`: the strongest that a careful user writes: one compiled function from bytes to bytes
   around the same parts, channels-last, pinned memory.
-- `millstream ...`: `LiveImagePipeline` as it is, compiled without tuning ("default") or with it, overlapped or one
+- `millstream ...`: `LiveImagePipeline` as it is, compiled without tuning or with it, overlapped or one
   frame after the other.
 
 `frames_per_second` counts pictures on the host; `seconds_to_picture_p50` is how long one frame's picture takes from the
@@ -42,6 +42,7 @@ from millstream.kernels import philox_normal
 
 SEED, STRENGTH, STEPS = 7, 0.5, 2  # half of two steps is one, from timestep 499
 WIDE = 1024  # of the text
+TUNED = "max-autotune-no-cudagraphs"
 TURBO = {
     "sample_size": 64,
     "block_out_channels": (320, 640, 1280, 1280),
@@ -81,14 +82,14 @@ def plan(device: torch.device, *, quick: bool) -> dict[str, Callable[[], dict[st
     else:
         tuned = {
             "diffusers, compiled whole": (partial(whole, mode="max-autotune"), False),
-            "millstream, tuned, overlapped": (partial(millstream, overlap=True, compiled=True), True),
-            "millstream, tuned, in order": (partial(millstream, overlap=False, compiled=True), False),
+            "millstream, tuned, overlapped": (partial(millstream, overlap=True, compiled=TUNED), True),
+            "millstream, tuned, in order": (partial(millstream, overlap=False, compiled=TUNED), False),
             "diffusers, compiled parts": (partial(in_parts, mode="max-autotune"), False),
         }
         variants = {
             "millstream, overlapped": (partial(millstream, overlap=True, compiled=False), True),
-            "millstream, compiled, overlapped": (partial(millstream, overlap=True, compiled="default"), True),
-            "millstream, compiled, in order": (partial(millstream, overlap=False, compiled="default"), False),
+            "millstream, compiled, overlapped": (partial(millstream, overlap=True, compiled=True), True),
+            "millstream, compiled, in order": (partial(millstream, overlap=False, compiled=True), False),
             "diffusers, compiled whole, not tuned": (partial(whole, mode="reduce-overhead"), False),
             **({} if quick else tuned),
         }

@@ -82,7 +82,7 @@ class ImageDrawer:
         if compiled:
             self.network.join_projections()
             for name in ("_encode", "_flows", "_paint"):  # what comes before and after a network is joined to it
-                mode = "max-autotune-no-cudagraphs" if compiled is True else compiled
+                mode = "default" if compiled is True else compiled
                 setattr(self, name, torch.compile(getattr(self, name), mode=mode, dynamic=False))
 
     def levels(self, control: ImageControl, *, drawn_from: Literal["picture", "words"]) -> Levels:

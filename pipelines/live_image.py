@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..streaming import Chunk, Frame, ImageControl, Session
+from ..streaming.graphs import fastest_convolutions
 from ..streaming.types import Leaves
 from .inputs import leaves_out, look_at
 from .live_draw import ImageDrawer
@@ -63,10 +64,11 @@ class LiveImagePipeline(ImageDrawer):
             num_inference_steps: the default of the control's.
             tiny: an `AutoencoderTiny` that takes the place of the pipeline's autoencoder.
             rate: pictures per second that chunks are stamped with.
-            overlap: hand out every picture one tick later, on the host, so that transfers and the caller's work happen
-                beside the drawing of the next. Without it a chunk's picture stays on the device.
-            compile: let torch.compile make the kernels, in this mode; True is "max-autotune-no-cudagraphs", which takes
-                minutes in the first frames. Load adapters before.
+            overlap: draw two pictures at once and hand out every one a tick later, on the host, so that transfers and
+                the caller's work happen beside the drawing; for a second frame's working memory. Without it a chunk's
+                picture stays on the device.
+            compile: let torch.compile make the kernels, which takes a minute in the first frames; or its mode, of which
+                "max-autotune-no-cudagraphs" takes many minutes. Load adapters before.
 
         Raises:
             ValueError: a pipeline of another kind, parts that are missing, or a size that does not fill whole tokens.
@@ -124,7 +126,9 @@ class LiveImagePipeline(ImageDrawer):
 
     @torch.no_grad()
     def warmup(self, control: ImageControl | None = None, *, pictures: bool = True) -> None:
-        """Redraw grey pictures for nobody until kernels are compiled and, on a GPU, graphs are recorded.
+        """Redraw grey pictures for nobody, under a progress bar, so that no later frame waits.
+
+        Kernels are compiled, and on a GPU the fastest convolutions are found and every step is recorded as a graph.
 
         Args:
             control: what the stream will be asked for, as far as it decides which kernels run.
@@ -132,11 +136,14 @@ class LiveImagePipeline(ImageDrawer):
         """
         grey = torch.full((3, *self.size), 0.5)
         control = replace(control or ImageControl(), skip_similar=None, prompt="warm-up")
-        session = Session(self, control, generator=torch.Generator().manual_seed(0))
-        with session:
-            steps = len(self.levels(control, drawn_from="picture" if pictures else "words").steps)
-            first = self.lanes[0].recordings
-            for _ in range(len(self.lanes) * (2 * steps + first.patience) if first.records else 1):
+        steps = len(self.levels(control, drawn_from="picture" if pictures else "words").steps)
+        first = self.lanes[0].recordings
+        count = len(self.lanes) * (2 * steps + first.patience) if first.records else 1
+        with (
+            Session(self, control, generator=torch.Generator().manual_seed(0)) as session,
+            fastest_convolutions(),
+        ):
+            for _ in self.pipe.progress_bar(range(count)):
                 session.step(Frame(grey, 0.0) if pictures else None)
             session.flush()
 

@@ -40,7 +40,11 @@ class Lane:
 
     def done(self) -> torch.cuda.Event | None:
         """What other lanes wait for before they read what has been written here."""
-        return None if self._stream is None else self._stream.record_event()
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
 
     def receive(self, ready: torch.cuda.Event | None, *tensors: Tensor) -> None:
         """Read tensors of another lane here, when they are ready; their memory is not given to others before."""

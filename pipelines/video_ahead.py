@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..streaming import Chunk, Frame, VideoControl
+from ..streaming.graphs import fastest_convolutions
 from .video_state import Finished, VideoState
 from .video_stream import VideoStreamer
 
@@ -82,7 +83,8 @@ class AheadStreamer(VideoStreamer):
         count = -(-turns // recipe.chunk) + recipe.units if self.arena.recordings.records else 2
         control = VideoControl(self.known_prompt())
         progress: Any = self.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
-        with self._sharing, self._fastest():
+        arena = self.arena
+        with self._sharing, fastest_convolutions(), arena.recordings.eagerly(), arena.decodings.eagerly():
             state = self.fresh(0)
             try:
                 if self.is_game:
@@ -96,13 +98,3 @@ class AheadStreamer(VideoStreamer):
                         self.replay(state)
             finally:
                 self.end(state)
-
-    @contextmanager
-    def _fastest(self) -> Iterator[None]:
-        """Record at once, and try which convolutions are fastest, which takes seconds and stays in the recordings."""
-        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-        try:
-            with self.arena.recordings.eagerly(), self.arena.decodings.eagerly():
-                yield
-        finally:
-            torch.backends.cudnn.benchmark = before

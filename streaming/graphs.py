@@ -36,6 +36,16 @@ def undisturbed() -> Iterator[None]:
                 gc.enable()
 
 
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Within, cuDNN tries which convolutions are fastest at sizes it has not met: seconds, which a recording keeps."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class Replay(Protocol):
     """A recorded step. Called with new inputs it returns what the step would, in a new tensor."""
 

@@ -23,7 +23,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance-scale", type=float, help="how closely to follow the prompt")
     group.add_argument("--negative-prompt", default="", help="what not to draw, for initialize and full")
     group.add_argument("--tiny", metavar="PATH_OR_REPO", help="an AutoencoderTiny, much faster: madebyollin/taesd")
-    group.add_argument("--compile", action="store_true", help="tune the kernels: faster after a few minutes")
+    group.add_argument("--compile", action="store_true", help="compile the network: faster after a minute")
 
 
 def is_image_model(name: str) -> bool:

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         source = open_source(arguments)
         if_refused.callback(source.close)
         window, virtual = open_views(arguments, if_refused)
-        pipe = load(arguments, kind)
+        pipe = load(arguments, kind, settings)
         prompt = arguments.prompt or pipe.worlds[0]
         import torch
 
@@ -120,12 +120,17 @@ def kind_of(arguments: argparse.Namespace) -> str:
     return IMAGES if is_image_model(arguments.model) else WORLDS
 
 
-def load(arguments: argparse.Namespace, kind: str) -> Any:
-    """The pipeline, on its device."""
+def load(arguments: argparse.Namespace, kind: str, settings: dict[str, Any]) -> Any:
+    """The pipeline, on its device, ready for a session with `settings`."""
     if kind == VIDEOS:
         return load_video(arguments)
     if kind == IMAGES:
-        return load_live_image(arguments)
+        from ...streaming import ImageControl
+
+        live = load_live_image(arguments)
+        if live.device.type == "cuda" or arguments.compile:
+            live.warmup(ImageControl(**settings))
+        return live
     pipe = load_world(arguments.model, arguments.device, arguments.preset)
     attend_as(pipe, arguments.attention)
     say_nearest(pipe, arguments.prompt or pipe.worlds[0])
