@@ -64,8 +64,8 @@ def control_of(arguments: argparse.Namespace, strength: float) -> ImageControl:
     )
 
 
-def load_live_image(arguments: argparse.Namespace, **settings: Any) -> LiveImagePipeline:
-    """The live pipeline that the arguments name, on its device.
+def load_live_image(arguments: argparse.Namespace, control: ImageControl) -> LiveImagePipeline:
+    """The live pipeline that the arguments name, on its device and warm for `control` where that takes a while.
 
     Raises:
         ValueError: a pipeline of a kind that cannot run live, or a device that this machine lacks.
@@ -85,6 +85,9 @@ def load_live_image(arguments: argparse.Namespace, **settings: Any) -> LiveImage
         codec: Any = AutoencoderTiny.from_pretrained(arguments.tiny, torch_dtype=dtype)
         tiny = codec.to(device)
     pipe = pipe.to(device)
-    return LiveImagePipeline.from_diffusers(
-        pipe, size=arguments.size, tiny=tiny, compile=arguments.compile, overlap=device.type == "cuda", **settings
+    live = LiveImagePipeline.from_diffusers(
+        pipe, size=arguments.size, tiny=tiny, compile=arguments.compile, overlap=device.type == "cuda"
     )
+    if device.type == "cuda" or arguments.compile:
+        live.warmup(control)
+    return live

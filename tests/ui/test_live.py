@@ -251,7 +251,7 @@ def test_an_image_pipeline_redraws_a_video(video, monkeypatch, capsys) -> None:
     parts = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["x", "y"]}
     (folder / "model_index.json").write_text(json.dumps(parts))
     assert live_image.is_image_model("turbo")
-    monkeypatch.setattr("millstream.ui.commands.live.load_live_image", lambda arguments: Redraws())
+    monkeypatch.setattr("millstream.ui.commands.live.load_live_image", lambda arguments, control: Redraws())
     words = ["live", "--model", "turbo", "--video", str(video), "-o", "out.mp4"]
     assert cli.main(words) == 2
     assert "say what to draw with --prompt" in capsys.readouterr().err

@@ -127,10 +127,7 @@ def load(arguments: argparse.Namespace, kind: str, settings: dict[str, Any]) -> 
     if kind == IMAGES:
         from ...streaming import ImageControl
 
-        live = load_live_image(arguments)
-        if live.device.type == "cuda" or arguments.compile:
-            live.warmup(ImageControl(**settings))
-        return live
+        return load_live_image(arguments, ImageControl(**settings))
     pipe = load_world(arguments.model, arguments.device, arguments.preset)
     attend_as(pipe, arguments.attention)
     say_nearest(pipe, arguments.prompt or pipe.worlds[0])
