@@ -19,6 +19,7 @@ from ..models.text_encoder import ByteTextEncoder
 from ..models.token_transformer import TokenTransformer
 from ..models.vq_codec import VQAutoencoder
 from ..samplers import TokenSampler, decoding
+from ..samplers.schedules import check_count
 from ..samplers.token_sampler import OrderName
 from .assets import shipped
 from .image_inputs import PAPER, Canvas, enlarged, open_cells, read_canvas
@@ -277,8 +278,7 @@ def _repeated(prompt: str | Sequence[str], times: int) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise TypeError(f"prompt must be a text or a list of texts, got {prompt!r}")
-    if times < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {times}")
+    check_count(times, "num_images_per_prompt")
     return [text for text in prompts for _ in range(times)]
 
 

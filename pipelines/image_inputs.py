@@ -38,7 +38,7 @@ def read_canvas(image: Any, mask_image: Any, size: int) -> Canvas | None:
         return None
     picture = _scaled(_channels_first(image, "image"), size)
     if mask_image is not None:
-        hole = _scaled(_channels_first(mask_image, "mask_image")[:1], size)[0] > 0.5
+        hole = _touched(_channels_first(mask_image, "mask_image")[0] > 0.5, size)
     elif picture.shape[0] == 4:
         hole = picture[3] < 0.5
     else:
@@ -93,6 +93,12 @@ def _plain(picture: Any, name: str) -> Any:
         return picture.convert("L")
     transparent = "A" in picture.getbands() or "transparency" in picture.info
     return picture.convert("RGBA" if transparent else "RGB")
+
+
+def _touched(hole: Tensor, size: int) -> Tensor:
+    """A hole bool [H, W] at another size, [S, S]: a thin line does not vanish when it is shrunk."""
+    shrunk = F.adaptive_max_pool2d(hole[None].float(), (min(size, hole.shape[0]), min(size, hole.shape[1])))
+    return F.interpolate(shrunk[None], size=(size, size))[0, 0] > 0.5
 
 
 def _scaled(picture: Tensor, size: int) -> Tensor:

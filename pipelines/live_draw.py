@@ -20,11 +20,14 @@ from ..samplers.guidance import Residual, combine
 from ..streaming import ImageControl
 from .live_lanes import Lane
 from .live_levels import Levels, read_levels
-from .live_networks import Condition, network_of
-from .live_state import LiveFrame
+from .live_networks import Condition, check_codec, network_of
+from .live_state import DrawnFrom, LiveFrame
 
 PROMPTS_KEPT = 16
 LEVELS_KEPT = 64
+Prompt = tuple[str, str | None, float]
+Told = tuple[Condition, Condition | None]
+COMPILED = ("default", "max-autotune-no-cudagraphs")  # the other modes record graphs of their own
 Follow = Literal["plainly", "residual", "pair", "initialize"]
 ASKED_TWICE = ("pair", "initialize")
 
@@ -36,22 +39,31 @@ class ImageDrawer:
         pipe: diffusers' pipeline, whose parts are used.
         size: (height, width) in pixels.
         steps: of a frame, unless its control says otherwise.
+        tiny: an autoencoder in the place of the pipeline's.
         lanes: ticks that may be under way at the same time.
     """
 
-    def __init__(self, pipe: Any, size: tuple[int, int], steps: int, *, lanes: int = 1) -> None:
-        self.pipe, self.size, self.steps = pipe, size, steps
+    def __init__(self, pipe: Any, size: tuple[int, int], steps: int, *, tiny: Any = None, lanes: int = 1) -> None:
+        self.pipe, self.size, self.steps, self._tiny = pipe, size, steps, tiny
         self.network = network_of(pipe, size)
-        self._codec_dtype: torch.dtype = pipe.vae.dtype
+        check_codec(self.network, self.vae)
+        self._codec_dtype: torch.dtype = self.vae.dtype
         self._count, self._lanes, self._turn = lanes, list[Lane](), 0
         self._levels: dict[tuple[int, float], Levels] = {}  # reading a scheduler takes as long as half a frame
         self._levels_of: Any = None
-        self._reading = RLock()  # prompts are read by whoever steers
-        self._read: OrderedDict[tuple[str, str | None, float], tuple[Condition, Condition | None]] = OrderedDict()
+        self._reading = RLock()  # prompts are read by whoever steers, one at a time
+        self._knowing = RLock()  # held for moments only
+        self._read: OrderedDict[Prompt, Told] = OrderedDict()
+        self._read_by: list[int] = []
 
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder."""
+        return self.pipe.vae if self._tiny is None else self._tiny
 
     @property
     def lanes(self) -> Sequence[Lane]:
@@ -66,55 +78,68 @@ class ImageDrawer:
 
     def settle(self) -> None:
         """Notice parts whose weights were exchanged; called when a stream begins."""
-        with self._reading:
-            self._read.clear()
         self.network.settle()
-        self._codec_dtype = self.pipe.vae.dtype
+        self._codec_dtype = self.vae.dtype
+        weights = [*self.network.module.parameters(), *self.vae.parameters()]
         for lane in self.lanes:
-            lane.recordings.follow([*self.network.module.parameters(), *self.pipe.vae.parameters()])
+            lane.recordings.follow(weights)
+        readers = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        read_by = [weight.data_ptr() for part in readers for weight in part.parameters()]
+        with self._knowing:
+            if read_by != self._read_by:
+                self._read.clear()
+            self._read_by = read_by
 
     def prepare(self, *, compiled: bool | str) -> None:
         """Lay the weights out for a GPU, and let torch.compile have them if wanted."""
-        vae, module = self.pipe.vae, self.network.module
+        vae, module = self.vae, self.network.module
         if self.device.type == "cuda":
             for part in (vae, *([module] if self.network.part == "unet" else [])):
                 part.to(memory_format=torch.channels_last)
-        if compiled:
+        mode = "default" if compiled is True else compiled
+        if mode and mode not in COMPILED:
+            raise ValueError(f"compile must be True, False or one of {', '.join(COMPILED)}, got {compiled!r}")
+        if mode:
             self.network.join_projections()
             for name in ("_encode", "_flows", "_paint"):  # what comes before and after a network is joined to it
-                mode = "default" if compiled is True else compiled
                 setattr(self, name, torch.compile(getattr(self, name), mode=mode, dynamic=False))
 
-    def levels(self, control: ImageControl, *, drawn_from: Literal["picture", "words"]) -> Levels:
+    def levels(self, control: ImageControl, *, drawn_from: DrawnFrom) -> Levels:
         """The steps that a frame takes."""
         strength = control.strength if drawn_from == "picture" else 1.0
         scheduler, steps, network = self.pipe.scheduler, control.num_inference_steps or self.steps, self.network
-        if self._levels_of is not scheduler:
-            self._levels_of, self._levels = scheduler, {}
-        if (steps, strength) not in self._levels:
-            if len(self._levels) >= LEVELS_KEPT:
-                self._levels.clear()
-            self._levels[steps, strength] = read_levels(
-                scheduler, steps, strength, tokens=network.tokens, rounds_up=network.rounds_up
-            )
-        return self._levels[steps, strength]
+        with self._knowing:
+            if self._levels_of is not scheduler or len(self._levels) >= LEVELS_KEPT:
+                self._levels_of, self._levels = scheduler, {}
+            if (steps, strength) not in self._levels:
+                self._levels[steps, strength] = read_levels(
+                    scheduler, steps, strength, tokens=network.tokens, rounds_up=network.rounds_up
+                )
+            return self._levels[steps, strength]
 
     def scale_of(self, control: ImageControl) -> float:
         return self.network.guidance if control.guidance_scale is None else control.guidance_scale
 
-    @torch.no_grad()
-    def conditions(self, control: ImageControl) -> tuple[Condition, Condition | None]:
-        """What the network is told for a control: positive and, if it takes passes, negative. Kept by prompt."""
+    def prompt_of(self, control: ImageControl) -> Prompt:
+        """What a condition depends on: the words, those to lead away from, what the network is told of guidance."""
         negative = control.negative_prompt if control.guidance in ("initialize", "full") else None
-        told = self.scale_of(control) if self.network.reads_guidance else 0.0
-        key = (control.prompt, negative, told)
+        return control.prompt, negative, self.scale_of(control) if self.network.reads_guidance else 0.0
+
+    @torch.no_grad()
+    def conditions(self, control: ImageControl) -> Told:
+        """What the network is told for a control: positive and, if it takes passes, negative. Kept by prompt."""
+        prompt = self.prompt_of(control)
+        with self._knowing:
+            if prompt in self._read:
+                self._read.move_to_end(prompt)
+                return self._read[prompt]
         with self._reading:
-            if key not in self._read:
-                self._read[key] = self.network.read(*key)
-                if len(self._read) > PROMPTS_KEPT:
-                    self._read.popitem(last=False)
-            self._read.move_to_end(key)
-            return self._read[key]
+            told = self._read.get(prompt) or self.network.read(*prompt)
+        with self._knowing:
+            self._read[prompt] = told
+            if len(self._read) > PROMPTS_KEPT:
+                self._read.popitem(last=False)
+        return told
 
     def take_in(self, lane: Lane, picture: Tensor, seed: int, number: int, levels: Levels) -> tuple[Tensor, Tensor]:
         """A picture [3, H, W], floats in [0, 1] or uint8: (noised latents, clean latents), each [C, h, w]."""
@@ -140,11 +165,11 @@ class ImageDrawer:
     def latent_size(self) -> tuple[int, int, int]:
         """[C, h, w]."""
         pixels = self.pipe.vae_scale_factor
-        return self.pipe.vae.config.latent_channels, self.size[0] // pixels, self.size[1] // pixels
+        return self.vae.config.latent_channels, self.size[0] // pixels, self.size[1] // pixels
 
     def move(self, lane: Lane, frames: Sequence[tuple[int, LiveFrame]]) -> None:
         """One step of every frame, given with its stream's seed, in one pass; all have one rule."""
-        told = [self.conditions(frame.control) for _, frame in frames]
+        told = [frame.told for _, frame in frames]
         for _, frame in frames:
             lane.receive(frame.ready, frame.latents, frame.reference)
         follow: tuple[Follow, ...] = tuple(self._follow(frame) for _, frame in frames)
@@ -210,15 +235,15 @@ class ImageDrawer:
         return _run(lane, ("decode", bytes_), decoded, [latents])
 
     def _paint(self, latents: Tensor, bytes_: bool) -> Tensor:
-        config = self.pipe.vae.config
+        config = self.vae.config
         raw = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        (picture,) = self.pipe.vae.decode(raw.to(self._codec_dtype), return_dict=False)
+        (picture,) = self.vae.decode(raw.to(self._codec_dtype), return_dict=False)
         picture = (picture.float() / 2 + 0.5).clamp(0, 1)
         return (picture * 255 + 0.5).to(torch.uint8) if bytes_ else picture.contiguous()
 
     def _encode(self, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] to scaled latents, the middle of their distribution where there is one."""
-        vae = self.pipe.vae
+        vae = self.vae
         pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
         encoded = vae.encode((2 * pictures - 1).to(self._codec_dtype))
         if hasattr(encoded, "latent_dist"):

@@ -8,6 +8,7 @@ the plain call would have made of its picture, its noise and its prompt.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 from typing_extensions import Self
 
+from ..samplers.schedules import check_count
 from ..streaming import Chunk, Frame, ImageControl, Session
 from ..streaming.graphs import fastest_convolutions
 from ..streaming.types import Leaves
@@ -27,7 +29,7 @@ from .inputs import leaves_out, look_at
 from .live_draw import ImageDrawer
 from .live_lanes import Arriving, Lane
 from .live_session import SourceSession, size_of
-from .live_state import LiveFrame, LiveImageState, from_leaves, to_leaves
+from .live_state import DrawnFrom, LiveFrame, LiveImageState, from_leaves, to_leaves
 from .video_output import is_offloaded
 
 STEPS = {"LCMScheduler": 4, "SCMScheduler": 2}  # unless said otherwise; of other schedulers 2, so that half is 1
@@ -39,8 +41,10 @@ class LiveImagePipeline(ImageDrawer):
     Made by `from_diffusers` or `from_pretrained`. It holds no state of a stream: that is the session's.
     """
 
-    def __init__(self, pipe: Any, size: tuple[int, int], *, steps: int, rate: float, overlap: bool) -> None:
-        super().__init__(pipe, size, steps, lanes=2 if overlap else 1)
+    def __init__(
+        self, pipe: Any, size: tuple[int, int], *, steps: int, rate: float, overlap: bool, tiny: Any = None
+    ) -> None:
+        super().__init__(pipe, size, steps, tiny=tiny, lanes=2 if overlap else 1)
         self.rate, self.overlap = rate, overlap
         self._sharing = RLock()
 
@@ -62,7 +66,7 @@ class LiveImagePipeline(ImageDrawer):
             pipe: text-to-image or image-to-image, of Stable Diffusion 1, 2, XL or 3, FLUX or SANA-Sprint.
             size: (height, width) in pixels; what the network was made for by default.
             num_inference_steps: the default of the control's.
-            tiny: an `AutoencoderTiny` that takes the place of the pipeline's autoencoder.
+            tiny: an `AutoencoderTiny` in the place of the pipeline's autoencoder; the pipeline keeps its own.
             rate: pictures per second that chunks are stamped with.
             overlap: draw two pictures at once and hand out every one a tick later, on the host, so that transfers and
                 the caller's work happen beside the drawing; for a second frame's working memory. Without it a chunk's
@@ -73,15 +77,13 @@ class LiveImagePipeline(ImageDrawer):
         Raises:
             ValueError: a pipeline of another kind, parts that are missing, or a size that does not fill whole tokens.
         """
-        if tiny is not None:
-            pipe.vae = tiny
-        live = cls(
-            pipe,
-            size or size_of(pipe),
-            steps=num_inference_steps or STEPS.get(type(getattr(pipe, "scheduler", None)).__name__, 2),
-            rate=rate,
-            overlap=overlap,
-        )
+        known = STEPS.get(type(getattr(pipe, "scheduler", None)).__name__, 2)
+        steps = check_count(known if num_inference_steps is None else num_inference_steps, "num_inference_steps")
+        if not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"rate is pictures per second, above 0, got {rate}")
+        if size is not None and not (isinstance(size, Sequence) and len(size) == 2):
+            raise ValueError(f"size is (height, width) in pixels, got {size!r}")
+        live = cls(pipe, size or size_of(pipe), steps=steps, rate=rate, overlap=overlap, tiny=tiny)
         unit = pipe.vae_scale_factor * live.network.patch
         if any(side < unit or side % unit for side in live.size):
             raise ValueError(f"pictures are multiples of {unit} pixels each way, got {live.size[0]} x {live.size[1]}")
@@ -101,6 +103,8 @@ class LiveImagePipeline(ImageDrawer):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the weights as diffusers does; streams that run stay where they are, so open them afterwards."""
         self.pipe.to(*args, **kwargs)
+        if self._tiny is not None:
+            self._tiny.to(*args, **kwargs)
         return self
 
     def stream(
@@ -181,8 +185,8 @@ class LiveImagePipeline(ImageDrawer):
                     if state.flying:
                         flying.append(number)
                     else:
-                        chunks[number] += self._arrived(state)
-                        chunks[number].append(self._again(state, control, frame))
+                        arrived = self._arrived(state)  # newer than what was shown last
+                        chunks[number] += arrived or [self._again(state, control, frame)]
                     continue
                 entering = self._enter(lane, state, control, frame)
                 if state.flying and len(state.flying[0].levels.steps) != len(entering.levels.steps):
@@ -225,8 +229,13 @@ class LiveImagePipeline(ImageDrawer):
                     raise ValueError(
                         f"the snapshot's latents are not of this pipeline, whose are {list(self.latent_size)}"
                     )
-                levels = self.levels(values["control"], drawn_from="picture")
-                state.flying.append(LiveFrame(levels=levels, **{**values, **moved}))
+                levels = self.levels(values["control"], drawn_from=values["drawn_from"])
+                if not 0 <= values["step"] < len(levels.steps):
+                    raise ValueError(
+                        f"the snapshot has a frame after {values['step']} steps, which has {len(levels.steps)} here"
+                    )
+                told = self.conditions(values["control"])
+                state.flying.append(LiveFrame(levels=levels, told=told, **{**values, **moved}))
             return state
 
     def end(self, state: LiveImageState) -> None:
@@ -235,18 +244,24 @@ class LiveImagePipeline(ImageDrawer):
     # Frames
 
     def _enter(self, lane: Lane, state: LiveImageState, control: ImageControl, frame: Frame | None) -> LiveFrame:
-        levels = self.levels(control, drawn_from="words" if frame is None else "picture")
+        drawn_from: DrawnFrom = "words" if frame is None else "picture"
+        levels, prompt = self.levels(control, drawn_from=drawn_from), self.prompt_of(control)
+        if state.told is None or state.told[0] != prompt:
+            state.told = prompt, self.conditions(control)
         number, state.frame = state.frame, state.frame + 1
+        picture = None
         if frame is not None:
             look_at(state, control, frame.data)
+            picture = lane.own(frame.data)
         with lane.entered():
-            if frame is None:
+            if picture is None:
                 latents = self.from_noise(state.seed, number, levels)
                 clean = torch.zeros_like(latents)
             else:
-                latents, clean = self.take_in(lane, lane.upload(frame.data), state.seed, number, levels)
+                latents, clean = self.take_in(lane, lane.upload(picture), state.seed, number, levels)
         when = time.monotonic() if frame is None else frame.time
-        return LiveFrame(latents, clean, number, control, levels, when, ready=lane.done())
+        told, ready = state.told[1], lane.done()
+        return LiveFrame(latents, clean, number, control, levels, when, told, drawn_from, ready=ready)
 
     def _move_until_done(
         self, lane: Lane, states: Sequence[LiveImageState], chunks: Sequence[list[Chunk]], numbers: Sequence[int]
@@ -258,22 +273,25 @@ class LiveImagePipeline(ImageDrawer):
         self, lane: Lane, states: Sequence[LiveImageState], chunks: Sequence[list[Chunk]], numbers: Sequence[int]
     ) -> None:
         """Move every frame under way one step on, and put those that are finished into `chunks`."""
-        flying = [(state.seed, frame) for state in states for frame in state.flying]
+        flying = [(state.seed, frame) for state in states for frame in state.flying if not frame.finished]
         rules = dict.fromkeys(frame.levels.rule for _, frame in flying)  # one, unless the scheduler was exchanged
         with lane.entered():
             for rule in rules:
                 self.move(lane, [entry for entry in flying if entry[1].levels.rule == rule])
         before = [len(state.arriving) for state in states]
         for state, number in zip(states, numbers):
-            if state.flying and state.flying[0].step == len(state.flying[0].levels.steps):
-                frame = state.flying.pop(0)
+            while state.flying and state.flying[0].finished:  # several only where a tick has failed before
+                frame = state.flying[0]
                 version, when = frame.control.version, frame.time
                 with lane.entered():
+                    lane.receive(frame.ready, frame.latents)
                     picture = self.decode(lane, frame.levels.final * frame.latents[None], bytes_=self.overlap)
-                    if self.overlap:
-                        state.arriving.append((Arriving(picture, lane), version, when))
-                if not self.overlap:
+                    arriving = Arriving(picture, lane) if self.overlap else None
+                state.flying.pop(0)
+                if arriving is None:
                     chunks[number].append(self._handed_out(state, picture, version, when))
+                else:
+                    state.arriving.append((arriving, version, when))
         for state, number, count in zip(states, numbers, before):  # waited for once everything is asked of the device
             chunks[number].extend(self._arrived(state, count))
 
@@ -298,6 +316,10 @@ class LiveImagePipeline(ImageDrawer):
                 )
             return
         picture = frame.data
+        if not isinstance(picture, Tensor):
+            raise TypeError(
+                f"a picture is a tensor [3, {self.size[0]}, {self.size[1]}], got a {type(picture).__name__}"
+            )
         known = picture.is_floating_point() or picture.dtype == torch.uint8
         if tuple(picture.shape) != (3, *self.size) or not known:
             raise ValueError(

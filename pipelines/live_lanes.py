@@ -55,14 +55,22 @@ class Lane:
         for tensor in tensors:
             tensor.record_stream(self._stream)
 
+    def own(self, picture: Tensor) -> Tensor:
+        """A picture that its giver may overwrite as soon as the tick has been asked for; called before the lane is
+        entered."""
+        if self._stream is None:
+            return picture
+        if picture.is_cuda:
+            return picture.clone()
+        return torch.empty(picture.shape, dtype=picture.dtype, pin_memory=True).copy_(picture)
+
     def upload(self, picture: Tensor) -> Tensor:
-        """A picture on the device, copied without waiting where that is possible."""
+        """What `own` gave, on the device, without waiting where that is possible."""
         if self._stream is None:
             return picture.to(self.recordings.device)
         if picture.is_cuda:
             self.receive(None, picture)
-            return picture.to(self.recordings.device)
-        return picture.pin_memory().to(self.recordings.device, non_blocking=True)
+        return picture.to(self.recordings.device, non_blocking=True)
 
 
 class Arriving:
@@ -70,7 +78,7 @@ class Arriving:
 
     def __init__(self, picture: Tensor, lane: Lane) -> None:
         self._host = torch.empty(picture.shape, dtype=picture.dtype, pin_memory=picture.is_cuda)
-        self._host.copy_(picture, non_blocking=True)
+        self._host.copy_(picture, non_blocking=picture.is_cuda)
         self._done = lane.done()
 
     def wait(self) -> Tensor:

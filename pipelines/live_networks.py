@@ -291,4 +291,20 @@ def network_of(pipe: Any, size: tuple[int, int]) -> LiveNetwork:
             raise ValueError(
                 f"this {name} has no {part}; a live image pipeline can be made of whole pipelines of {SUPPORTED}"
             )
+    if parts.get("controlnet") is not None or not hasattr(pipe, "encode_prompt"):
+        raise ValueError(f"a live image pipeline knows of prompts and pictures alone; a {name} wants something else")
     return family(pipe, size)
+
+
+def check_codec(network: LiveNetwork, vae: Any) -> None:
+    """Refuse an autoencoder whose latents the network does not read.
+
+    Raises:
+        ValueError: with the numbers of channels.
+    """
+    latents, wanted = vae.config.latent_channels, network.module.config.in_channels
+    if network.part == "unet" and latents != wanted:
+        raise ValueError(
+            f"this UNet reads {wanted} channels and the autoencoder's latents have {latents}; take the autoencoder of "
+            "the same family, and no model for inpainting"
+        )

@@ -14,26 +14,47 @@ class SourceSession(Session[Any, ImageControl]):
 
     Args:
         pipeline: with a `size`.
-        source: anything with `read`, see `Source`.
+        source: anything with `read`, see `Source`; closed with the session.
+
+    Raises:
+        TypeError: no source.
     """
 
     def __init__(self, pipeline: Any, control: ImageControl, *, generator: Any, source: Any) -> None:
+        if not hasattr(source, "read"):
+            raise TypeError(
+                f"a source is a Camera, a VideoFile or the like, with read(); got a {type(source).__name__}"
+            )
         super().__init__(pipeline, control, generator=generator)
         self.source = source
 
     def chunks(self) -> Iterator[Chunk]:
-        """Chunks as they are drawn, until the source ends; then those that were still under way."""
+        """Chunks as they are drawn, until the source ends, and then those still under way; or until it is closed."""
         pipeline: Any = self.pipeline
-        while True:
+        while self._finalizer.alive:
             try:
                 frame = self.source.read()
             except EndOfStream:
-                break
+                yield from self.flush()
+                return
             if frame is None:
                 time.sleep(0.001)
             else:
                 yield from self.step(frame._replace(data=fit(frame.data, pipeline.size)))
-        yield from self.flush()
+
+    def fork(self) -> Session[Any, ImageControl]:
+        """Refused, since two cannot read one source."""
+        raise ValueError(
+            "two sessions cannot read one source; open another with stream(prompt), restore(session.snapshot()) there "
+            "and give it pictures with step"
+        )
+
+    def close(self) -> None:
+        """Give the pipeline back what the session holds, and close the source."""
+        super().close()
+        close = getattr(self.source, "close", None)
+        if close is not None:
+            close()
 
 
 def size_of(pipe: Any) -> tuple[int, int]:

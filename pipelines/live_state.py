@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from ..streaming.snapshot import control_fields
 from ..streaming.types import Leaves
 from .live_lanes import Arriving
 from .live_levels import Levels
+from .live_networks import Condition
 
+DrawnFrom = Literal["picture", "words"]
 FRAME = "flight"
 
 
@@ -30,8 +32,15 @@ class LiveFrame:
     control: ImageControl
     levels: Levels
     time: float
+    told: tuple[Condition, Condition | None]  # what the network is told: positive and, for passes of it, negative
+    drawn_from: DrawnFrom = "picture"
     step: int = 0
     ready: torch.cuda.Event | None = None  # after which another lane may read the latents
+
+    @property
+    def finished(self) -> bool:
+        """Is there only the decoding left?"""
+        return self.step >= len(self.levels.steps)
 
 
 @dataclass
@@ -44,6 +53,7 @@ class LiveImageState:
     inputs: int = 0
     skipped: int = 0
     wish: str = ""
+    told: tuple[Hashable, tuple[Condition, Condition | None]] | None = None  # the last prompt that was read, and so on
     seen: Tensor | None = None
     picture: Tensor | None = None
     flying: list[LiveFrame] = field(default_factory=list)
@@ -52,7 +62,7 @@ class LiveImageState:
 
 PLAIN = {"seed": int, "frame": int, "given": int, "inputs": int, "skipped": int, "wish": str}
 OPTIONAL = ("seen", "picture")
-FLYING = {"latents": Tensor, "reference": Tensor, "number": int, "step": int, "control": str}
+FLYING = {"latents": Tensor, "reference": Tensor, "number": int, "step": int, "control": str, "drawn_from": str}
 
 
 def to_leaves(state: LiveImageState) -> Leaves:
@@ -93,6 +103,8 @@ def from_leaves(leaves: Leaves) -> tuple[dict[str, Any], Sequence[Mapping[str, A
             frame["control"] = ImageControl(**json.loads(frame["control"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the snapshot is damaged: {error}") from None
+        if frame["drawn_from"] not in ("picture", "words"):
+            raise ValueError(f"the snapshot is damaged: a frame is drawn from {frame['drawn_from']!r}")
         # The clock of another process says nothing here.
         frame["time"] = time.monotonic()
     return plain, frames

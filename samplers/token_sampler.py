@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -103,6 +104,6 @@ def check_order(order: str) -> str:
 
 
 def check_scale(scale: float) -> float:
-    if scale < 1:
-        raise ValueError(f"guidance_scale must be at least 1 (no guidance), got {scale}")
+    if not (math.isfinite(scale) and scale >= 1):
+        raise ValueError(f"guidance_scale must be at least 1 (no guidance) and finite, got {scale}")
     return scale

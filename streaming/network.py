@@ -39,7 +39,8 @@ class NetworkCamera:
         frames = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         rate = self._capture.get(cv2.CAP_PROP_FPS) or 30.0
         self._file = Playback(rate) if 0 < frames < 1e9 else None  # a stream without end has no such number
-        self._last = self._tried = time.monotonic()
+        self._last: float | None = None  # patience begins with the first read: a model may be loaded before it
+        self._tried = time.monotonic()
 
     def _connect(self) -> None:
         cv2, milliseconds = opencv(), int(1000 * self._timeout)
@@ -55,6 +56,7 @@ class NetworkCamera:
             OSError: the camera has given no frame for `patience` seconds.
         """
         now = time.monotonic()
+        self._last = now if self._last is None else self._last
         due = now if self._file is None else self._file.due(now)
         if due is None:
             return None
@@ -71,7 +73,7 @@ class NetworkCamera:
 
     def _call_again(self) -> None:
         now = time.monotonic()
-        if now - self._last > self._patience:
+        if self._last is not None and now - self._last > self._patience:
             raise OSError(
                 f"{self.name} has given no frame for {self._patience:g} s: is the camera on, is it reachable?"
             )

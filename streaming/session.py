@@ -79,12 +79,15 @@ class Session(Generic[State, ControlT]):
         Raises:
             TypeError, ValueError: a change is unknown or not valid. Nothing has changed then.
         """
-        with self._steering:
-            steered = self._control.held().changed(**changes)
-            self.pipeline.check(steered)
-            self._unread = steered if self._unread is None else self._unread.merged(steered)
-            self._control = steered
-            return steered.version
+        while True:
+            before = self._control
+            steered = before.held().changed(**changes)
+            self.pipeline.check(steered)  # which may read a prompt; no step waits for that
+            with self._steering:
+                if self._control is before:  # nobody else has steered meanwhile
+                    self._unread = steered if self._unread is None else self._unread.merged(steered)
+                    self._control = steered
+                    return steered.version
 
     def _read_control(self) -> ControlT:
         with self._steering:

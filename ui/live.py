@@ -53,7 +53,10 @@ class SteeringWindow(Window):
         elif key in ("ArrowUp", "ArrowDown"):
             nudge = NUDGE if key == "ArrowUp" else -NUDGE
             strength = (session.control.strength or 0.0) + nudge
-            session.steer(strength=round(min(1.0, max(0.0, strength)), 2))
+            try:
+                session.steer(strength=round(min(1.0, max(0.0, strength)), 2))
+            except ValueError as error:  # of an image pipeline: less than one of its steps
+                print(error, file=sys.stderr)
 
 
 def hear(lines: Iterable[str], session: Session) -> None:

@@ -159,8 +159,8 @@ def seed_integer(text: str) -> int:
     return int(text)
 
 
-def check_prompt(prompt: str) -> str:
-    """`prompt` if a world can be drawn from it.
+def check_prompt(prompt: str, what: str = "a world", example: str = "a brick corridor with soldiers") -> str:
+    """`prompt` if `what` can be drawn from it.
 
     Raises:
         ValueError: empty, or longer than is read.
@@ -168,7 +168,7 @@ def check_prompt(prompt: str) -> str:
     from ..streaming.types import Control
 
     if not prompt.strip():
-        raise ValueError('the prompt is empty; describe a world, for example "a brick corridor with soldiers"')
+        raise ValueError(f'the prompt is empty; describe {what}, for example "{example}"')
     return Control(prompt=prompt).prompt
 
 

@@ -215,7 +215,7 @@ def test_half_precision_draws(pipe: ImagePipeline) -> None:
 def test_mistakes_are_told(pipe: ImagePipeline) -> None:
     for error, message, given in [
         (ValueError, "output_type must be pil, np, pt or latent, got 'gif'", {"output_type": "gif"}),
-        (ValueError, "num_images_per_prompt must be at least 1, got 0", {"num_images_per_prompt": 0}),
+        (ValueError, "num_images_per_prompt must be a whole number of at least 1, got 0", {"num_images_per_prompt": 0}),
         (ValueError, "order must be one of random, masked, raster", {"order": "spiral"}),
         (ValueError, "one for each of the 1 pictures, got 2", {"generator": [seeded(0), seeded(1)]}),
         (ValueError, "give image= too", {"mask_image": torch.zeros(16, 16)}),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MODEL = "emoji"
 ORDERS = ("random", "masked", "raster")
+LARGEST_SCALE = 64
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
 
 
@@ -55,7 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything cheap, then load, then draw."""
     import torch
 
-    prompt = check_prompt(arguments.prompt)
+    from ...samplers.token_sampler import check_scale
+
+    prompt = check_prompt(arguments.prompt, "a picture", "a red apple")
+    if arguments.guidance is not None:
+        check_scale(arguments.guidance)
+    if arguments.mask is not None and arguments.image is None:
+        raise ValueError("--mask says where to paint in a picture; give --image too")
+    if arguments.scale > LARGEST_SCALE:
+        raise ValueError(f"--scale can be up to {LARGEST_SCALE}, got {arguments.scale}")
     output = check_output(arguments.output)
     given = {name: open_picture(path) for name, path in (("image", arguments.image), ("mask_image", arguments.mask))}
     pipe = load_image(arguments.model, arguments.device)

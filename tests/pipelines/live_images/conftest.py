@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def small_vae(channels: int = 4) -> AutoencoderTiny:
         num_encoder_blocks=(1, 1, 1, 1),
         num_decoder_blocks=(1, 1, 1, 1),
     ).eval()
+
+
+@pytest.fixture
+def make_vae() -> Callable[..., AutoencoderTiny]:
+    """`make_vae(channels=4)`."""
+    return small_vae
 
 
 @pytest.fixture(scope="session")

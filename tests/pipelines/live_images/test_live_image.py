@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
+from threading import Event, Thread, Timer
 from typing import Any
 
 import pytest
@@ -170,6 +172,100 @@ def test_the_filter_leaves_a_still_picture_out(live: LiveImagePipeline, in_bytes
         del live.move
 
 
+def test_the_filter_shows_what_arrives_late(stable_diffusion: StableDiffusionImg2ImgPipeline) -> None:
+    """With overlap a picture comes a tick later; a still scene then shows it, and goes on showing it."""
+    late = LiveImagePipeline.from_diffusers(stable_diffusion, num_inference_steps=4, overlap=True)
+    first, second = pictures(2)
+    with late.stream("a fox", strength=0.25, skip_similar=0.6, generator=seeded()) as session:
+        inputs = [first] * 3 + [second] * 5
+        shown = [session.step(ms.Frame(picture, float(number))) for number, picture in enumerate(inputs)]
+    assert [len(chunks) for chunks in shown] == [0, 1, 1, 0, 1, 1, 1, 1]
+    old, new = shown[2][0].data, shown[4][0].data
+    assert (new - old).abs().max() > 1e-3
+    assert all(torch.equal(chunks[0].data, new) for chunks in shown[5:])
+
+
+@pytest.mark.parametrize("part", ["move", "decode"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_session_outlives_a_step_that_fails(
+    stable_diffusion: StableDiffusionImg2ImgPipeline, monkeypatch: pytest.MonkeyPatch, part: str, overlap: bool
+) -> None:
+    live = LiveImagePipeline.from_diffusers(stable_diffusion, num_inference_steps=4, overlap=overlap)
+    inputs = pictures(8)
+    plain = together(run(live, [*inputs], strength=0.75))
+    original, calls = getattr(live, part), []
+
+    def fails(*arguments: Any, **settings: Any) -> Any:
+        calls.append(part)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(live, part, fails)
+    chunks: list[Chunk] = []
+    with live.stream("a fox", strength=0.75, generator=seeded()) as session:
+        for number, picture in enumerate(inputs):
+            with suppress(RuntimeError):
+                chunks += session.step(ms.Frame(picture, float(number)))
+        chunks += session.flush()
+    assert [chunk.time for chunk in chunks] == [float(number) for number in range(8)], "no picture is lost"
+    torch.testing.assert_close(together(chunks), plain, rtol=0, atol=1.01 / 255)
+
+
+def test_a_stream_of_words_forks(live: LiveImagePipeline) -> None:
+    with live.stream("a fox", strength=0.25, generator=seeded()) as session:
+        for _ in range(3):
+            session.step()
+        with session.fork() as twin:
+            ends = [[*each.step(), *each.flush()] for each in (session, twin)]
+        saved = session.snapshot()
+    assert torch.equal(together(ends[0]), together(ends[1]))
+    fewer = LiveImagePipeline.from_diffusers(live.pipe, num_inference_steps=4)
+    with fewer.stream("a fox", num_inference_steps=4, generator=seeded()) as session:
+        session.step()
+        damaged = session.snapshot()
+        damaged.leaves["flight0.step"] = 99
+        with pytest.raises(ValueError, match="after 99 steps, which has 4 here"):
+            session.restore(damaged)
+        session.restore(saved)
+
+
+def test_a_prompt_is_read_once(stable_diffusion: StableDiffusionImg2ImgPipeline) -> None:
+    live = LiveImagePipeline.from_diffusers(stable_diffusion, num_inference_steps=4)
+    read, original = [], live.network.read
+    live.network.read = lambda *prompt: (read.append(prompt[0]), original(*prompt))[1]  # type: ignore[method-assign]
+    sessions = [live.stream(f"fox {number}", strength=0.5, generator=seeded(number)) for number in range(20)]
+    for picture in pictures(1):
+        ms.streaming.step_together(sessions, [ms.Frame(picture, 0.0)] * 20)
+    before = len(read)
+    for picture in pictures(2):
+        ms.streaming.step_together(sessions, [ms.Frame(picture, 0.0)] * 20)
+    assert len(read) == before, "more streams than prompts are kept, and none reads twice"
+    for session in sessions:
+        session.close()
+
+
+def test_steering_does_not_keep_a_step_waiting(stable_diffusion: StableDiffusionImg2ImgPipeline) -> None:
+    live = LiveImagePipeline.from_diffusers(stable_diffusion, num_inference_steps=4)
+    reads, stepped, original = Event(), Event(), live.network.read
+    with live.stream("a fox", generator=seeded()) as session:
+        session.step(ms.Frame(pictures(1)[0], 0.0))
+
+        def slow(*prompt: Any) -> Any:
+            reads.set()
+            assert stepped.wait(60), "the step waited for the prompt"
+            return original(*prompt)
+
+        live.network.read = slow  # type: ignore[method-assign]
+        thread = Thread(target=session.steer, kwargs={"prompt": "an owl"})
+        thread.start()
+        assert reads.wait(60)
+        session.step(ms.Frame(pictures(1)[0], 1.0))
+        stepped.set()
+        thread.join()
+        assert session.control.prompt == "an owl"
+
+
 def test_sessions_step_together_as_alone(live: LiveImagePipeline) -> None:
     first, second = pictures(2)
     with live.stream("a fox", generator=seeded(1)) as one, live.stream("an owl", generator=seeded(2)) as other:
@@ -242,6 +338,15 @@ def test_a_source_is_read_to_its_end(live: LiveImagePipeline) -> None:
 
     with live.stream("a fox", source=Film(), strength=1.0) as session:
         drawn = list(session)
+        with pytest.raises(ValueError, match="two sessions cannot read one source"):
+            session.fork()
+    endless = Film()
+    endless.left = [None] * 10**6
+    session = live.stream("a fox", source=endless)
+    Timer(0.2, session.close).start()
+    assert list(session) == []
+    with pytest.raises(TypeError, match="a source is a Camera, a VideoFile or the like"):
+        live.stream("a fox", source="in.mp4")
     assert [tuple(each.shape) for each in drawn] == [(3, *SIZE)] * 3
 
 
@@ -316,12 +421,27 @@ def test_pictures_that_do_not_fit_are_refused(live: LiveImagePipeline) -> None:
         LiveImagePipeline.from_diffusers(live.pipe, size=(60, 64))
 
 
-def test_other_pipelines_are_refused(stable_diffusion: StableDiffusionImg2ImgPipeline) -> None:
+def test_other_pipelines_are_refused(stable_diffusion: StableDiffusionImg2ImgPipeline, make_vae: Any) -> None:
     class Other:
         components: dict[str, Any] = {}  # noqa: RUF012
 
     with pytest.raises(ValueError, match=r"can be made of Stable Diffusion 1, 2, XL and 3.*Other has no network"):
         LiveImagePipeline.from_diffusers(Other())
+    with pytest.raises(ValueError, match="this UNet reads 4 channels and the autoencoder's latents have 8"):
+        LiveImagePipeline.from_diffusers(stable_diffusion, tiny=make_vae(8))
+    tiny = make_vae()
+    with pytest.raises(ValueError, match="multiples of 8 pixels"):
+        LiveImagePipeline.from_diffusers(stable_diffusion, tiny=tiny, size=(60, 64))
+    assert stable_diffusion.vae is not tiny, "a refusal changes nothing"
+    assert LiveImagePipeline.from_diffusers(stable_diffusion, tiny=tiny).vae is tiny
+    for settings, message in (
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
+        ({"rate": float("nan")}, "rate is pictures per second"),
+        ({"size": 64}, r"size is \(height, width\)"),
+        ({"compile": "reduce-overhead"}, "compile must be True, False or one of default"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LiveImagePipeline.from_diffusers(stable_diffusion, **settings)
     parts = {**stable_diffusion.components, "vae": None}
 
     class NoCodec(Other):
