@@ -207,6 +207,15 @@ def test_saved_pipelines_load(tmp_path: Path, pipe: ImagePipeline) -> None:
     assert torch.equal(loaded("an apple", generator=seeded(0), output_type="latent").images, wanted)
 
 
+def test_a_thin_mask_does_not_vanish(pipe: ImagePipeline) -> None:
+    mask = torch.zeros(256, 256)
+    mask[100:102] = 1
+    (picture,) = pipe("x", image=torch.ones(3, 16, 16), mask_image=mask, output_type="pt", generator=seeded(0)).images
+    changed = (picture != 1).any(0).any(1)
+    assert changed[6]
+    assert changed.sum() == 1
+
+
 def test_half_precision_draws(pipe: ImagePipeline) -> None:
     half = pipeline().to(torch.bfloat16)
     assert half("an apple", output_type="pt").images.dtype == torch.float32

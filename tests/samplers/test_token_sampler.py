@@ -59,3 +59,7 @@ def test_nonsense_is_refused() -> None:
         TokenSampler(curve="flat")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="temperature must be at least 0"):
         TokenSampler(temperature=-1)
+    for name in ("guidance_scale", "temperature"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"{name} must be at least [01].* and finite, got {value}"):
+                TokenSampler().plan(4, **{name: value})  # type: ignore[arg-type]

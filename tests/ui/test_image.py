@@ -75,6 +75,9 @@ def test_pictures_to_paint_into_are_handed_on(painter: Painter) -> None:
         (["image", "x", "--image", "text.png"], "text.png is no picture that can be read"),
         (["image", "x", "--count", "0"], "must be a whole number of 1 or more, got '0'"),
         (["image", "x", "--order", "spiral"], "invalid choice: 'spiral'"),
+        (["image", "x", "--guidance", "nan"], "guidance_scale must be at least 1 (no guidance) and finite, got nan"),
+        (["image", "x", "--mask", "text.png"], "--mask says where to paint in a picture; give --image too"),
+        (["image", "x", "--scale", "100000"], "--scale can be up to 64, got 100000"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
