@@ -53,11 +53,11 @@ class Timeline:
         """What a stream begins with."""
         return self.cues[0].prompt
 
-    def steer(self, session: Session[Any, VideoControl], seconds: float) -> None:
-        """Let `session`, whose next chunk begins at `seconds`, follow the newest cue that is due by then."""
-        cue = max((cue for cue in self.cues if cue.at <= seconds), key=lambda cue: cue.at)
-        if session.control.prompt != cue.prompt:
-            session.steer(prompt=cue.prompt, switch=cue.switch)
+    def steer(self, session: Session[Any, VideoControl], seconds: float, since: float = 0.0) -> None:
+        """Let `session`, whose next chunk begins at `seconds`, follow the cues after `since` that are due by then."""
+        for cue in self.cues:
+            if since < cue.at <= seconds:
+                session.steer(prompt=cue.prompt, switch=cue.switch)
 
     @staticmethod
     def of(cues: Iterable[dict[str, Any]]) -> Timeline:

@@ -29,10 +29,15 @@ class AheadStreamer(VideoStreamer):
         state.finished = [] if state.still is None else [state.still]
         when = time.monotonic() if frame is None else frame.time
         with self.drawing(None if frame is None else frame.data):
+            cut = frame is not None and self.due(state, control) == "cut"
+            chunks = self.obey(state, control, when) if cut else []  # before its first picture is encoded
             given = None if frame is None else self.take_in(state, frame.data)
             if frame is not None and given is None:
-                return []
-            chunks = self.obey(state, control, when)
+                state.pending = None if cut else self.due(state, control)
+                state.heard = control.version
+                return chunks
+            if not cut:
+                chunks = self.obey(state, control, when)
             done = self.draw(state, given, control.strength, control.version)
             if self.overlap and not self.recipe.overlap:  # whose memory needs the pictures
                 return chunks + self._behind(state, done, when)

@@ -76,6 +76,9 @@ class VideoSession(Session[VideoState, VideoControl]):
             pipeline.start_from(state, self.image, self._control)
         return state
 
+    def _twin(self, generator: torch.Generator | None) -> VideoSession:
+        return VideoSession(self.pipeline, self._control, generator=generator, image=self.image)
+
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """One tensor of several, without a copy where there is one."""

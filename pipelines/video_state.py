@@ -39,6 +39,8 @@ class VideoState:
     step: int = 0  # of the plan, since it began (anew)
     encoding: CodecState | None = None  # of an input, once there is one
     prompt: str | None = None
+    heard: int = -1  # version of the last control that was obeyed
+    pending: str | None = None  # a switch that a step has read which drew nothing
     text: Tensor | None = None  # [S, D], what the prompt is now
     origin: Tensor | None = None  # [S, D], the prompt that is being left
     target: Tensor | None = None  # [S, D], the prompt that is being reached
@@ -93,7 +95,7 @@ class VideoState:
 
 PLAIN = {each.name: each for each in fields(VideoState) if each.name not in ("rows", "finished", "drawn", *CODECS)}
 KINDS = {"int": (int,), "float": (int, float), "str | None": (str,), "Tensor": (Tensor,), "Tensor | None": (Tensor,)}
-LATER = {"ahead_version", "ahead_time"}  # which older snapshots lack
+LATER = {"ahead_version", "ahead_time", "heard"}  # which older snapshots lack
 NEEDED = {name for name, each in PLAIN.items() if "None" not in str(each.type)} - LATER
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from ..models.stream_codec import PICTURES_PER_LATENT
 from ..streaming import Chunk, Frame, Session, VideoControl
-from ..streaming.types import Leaves
+from ..streaming.types import Leaves, Switch, stronger
 from .inputs import FULL_MOTION, NEW_MOTION
 from .timeline import Timeline
 from .video_draw import VideoDrawer
@@ -107,8 +107,9 @@ class VideoStreamer(VideoDrawer):
         if self.is_game:
             self.hear(state, control)
             return chunks
-        if control.prompt != state.prompt:
-            switch = control.switch if state.prompt is not None else "keep"
+        switch = self.due(state, control)
+        state.heard, state.pending = control.version, None
+        if control.prompt != state.prompt or switch in ("cut", "recache"):
             if switch == "cut" or (switch == "recache" and self.recipe.plan == "batch"):
                 chunks = self.settled(state)
                 chunks += [self.shown(state, each, when) for each in self.complete(state)]
@@ -132,6 +133,13 @@ class VideoStreamer(VideoDrawer):
             self._say(state, self.blended(state, self.recipe.blend))
         return chunks
 
+    def due(self, state: VideoState, control: VideoControl) -> Switch:
+        """What is to happen to the memory now: each switch that was steered counts once."""
+        if state.prompt is None:
+            return "keep"
+        steered: Switch = "keep" if control.version == state.heard else control.switch
+        return stronger(steered, cast("Switch", state.pending or "keep"))
+
     def _say(self, state: VideoState, text: Tensor) -> None:
         """Let all rows of a stream attend to these tokens [S, D] from the next pass on."""
         state.text = text
@@ -143,6 +151,7 @@ class VideoStreamer(VideoDrawer):
         self.forget(state)
         state.shot = 0
         state.decoding.reset()
+        state.encoding = state.waiting = None  # an input's next picture is a first picture too
 
     # Pictures
 
@@ -237,10 +246,11 @@ class VideoStreamer(VideoDrawer):
 
         Yields what each step gives, perhaps nothing.
         """
-        begun = 0
+        begun, since = 0, 0.0
         while begun < num_frames:
             if timeline is not None:
-                timeline.steer(session, begun / self.rate)
+                timeline.steer(session, begun / self.rate, since)
+                since = begun / self.rate
             picture = None if media is None else next(media, None)
             if media is not None and picture is None:
                 break

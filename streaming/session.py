@@ -185,10 +185,13 @@ class Session(Generic[State, ControlT]):
 
     def fork(self) -> Session[State, ControlT]:
         """A second session that goes on from here on its own: the same controls draw the same frames in both."""
-        generator = None if self._generator is None else self._generator.clone_state()
-        twin = Session(self.pipeline, self._control, generator=generator)
+        twin = self._twin(None if self._generator is None else self._generator.clone_state())
         twin.restore(self.snapshot())
         return twin
+
+    def _twin(self, generator: torch.Generator | None) -> Session[State, ControlT]:
+        """A session like this one that has not begun."""
+        return Session(self.pipeline, self._control, generator=generator)
 
     def close(self) -> None:
         """Give the pipeline back what the session holds. Waits for a running step; harmless twice."""

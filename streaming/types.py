@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -173,18 +173,36 @@ def _movement(mouse: tuple[float, float]) -> tuple[float, float]:
     return dx, dy
 
 
+Switch: TypeAlias = Literal["keep", "lerp", "recache", "cut"]
+SWITCHES: tuple[Switch, ...] = get_args(Switch)  # each forgets more than the one before it
+
+
+def stronger(one: Switch, other: Switch) -> Switch:
+    """The switch that forgets more."""
+    return SWITCHES[max(SWITCHES.index(one), SWITCHES.index(other))]
+
+
 @dataclass(frozen=True, slots=True)
 class VideoControl(Control):
-    """`strength`: 0 keeps the input, 1 ignores it. `switch`: what happens to the memory when the prompt changes."""
+    """`strength`: 0 keeps the input, 1 ignores it. `switch`: what happens to the memory, once, also without new words.
+
+    `merged` keeps the switch that forgets more: a cut before a step is a cut, whatever is steered after it.
+    """
 
     strength: float = 1.0
-    switch: Literal["keep", "recache", "lerp", "cut"] = "keep"
+    switch: Switch = "keep"
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
         check_strength(self.strength)
-        if self.switch not in ("keep", "recache", "lerp", "cut"):
+        if self.switch not in SWITCHES:
             raise ValueError(f"switch must be keep, recache, lerp or cut, got {self.switch!r}")
+
+    def merged(self, newer: Self) -> Self:
+        return replace(newer, switch=stronger(self.switch, newer.switch))
+
+    def held(self) -> Self:
+        return replace(self, switch="keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +219,10 @@ class GameControl(VideoControl):
 
     def merged(self, newer: Self) -> Self:
         mouse = (self.mouse[0] + newer.mouse[0], self.mouse[1] + newer.mouse[1])
-        return replace(newer, keys=self.keys | newer.keys, mouse=mouse)
+        return replace(newer, switch=stronger(self.switch, newer.switch), keys=self.keys | newer.keys, mouse=mouse)
 
     def held(self) -> Self:
-        return replace(self, mouse=(0.0, 0.0))
+        return replace(self, switch="keep", mouse=(0.0, 0.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,8 +158,9 @@ class Seat:
         passed = [number for number, entry in enumerate(self.timeline) if entry["at"] <= self.position]
         cue = passed[-1] if passed else -1
         if cue != self._cue and cue >= 0:
-            entry = self.timeline[cue]
-            self.session.steer(**{name: value for name, value in entry.items() if name != "at"})
+            first = self._cue + 1 if cue > self._cue else cue  # back in time only the one that holds there
+            for entry in self.timeline[first : cue + 1]:
+                self.session.steer(**{name: value for name, value in entry.items() if name != "at"})
             self.find_nearest()
         self._cue = cue
 

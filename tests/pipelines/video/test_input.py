@@ -77,6 +77,9 @@ def test_a_picture_stays_the_start_after_a_reset_and_in_a_fork(make, video, seed
         (again,) = session.step()
         torch.testing.assert_close(again.data[0], one.data[0])
         assert (again.data[1:] - one.data[1:]).abs().max() > 1e-3, "another seed"
+        with session.fork() as twin:
+            twin.reset()
+            torch.testing.assert_close(twin.step()[0].data[0], one.data[0])
 
 
 @pytest.mark.parametrize("name", ["self_forcing", "causvid", "krea"])
@@ -91,6 +94,19 @@ def test_strength_0_keeps_the_input_and_more_leaves_less_of_it(name, make, video
     assert distances[0] < 1e-5
     assert distances[0] < distances[1] < distances[2]
     assert distances[2] < distances[3] * 1.5
+
+
+@pytest.mark.parametrize("at", [9, 14])
+def test_a_cut_begins_at_the_next_picture_of_the_input(make, video, seeded, at):
+    """What had not filled a chunk is dropped with the shot it belongs to."""
+    pipe, drawn = make("longlive"), []
+    with pipe.stream("a corgi", strength=0.0, generator=seeded()) as session:
+        for number, picture in enumerate(video):
+            if number == at:
+                session.steer(prompt="the red fox", switch="cut")
+            drawn += [(number, chunk.data) for chunk in session.step(Frame(picture, 0.0))]
+    assert [(number, len(data)) for number, data in drawn][:2] == [(8, 9), (at + 8, 9)]
+    torch.testing.assert_close(drawn[1][1], coded(pipe, video[at : at + 9]), atol=1e-4, rtol=1e-4)
 
 
 def test_strength_1_ignores_the_input(pipe, video, seeded):

@@ -137,6 +137,24 @@ def test_a_cut_begins_a_new_video(make, seeded):
             torch.testing.assert_close(fresh.step()[0].data, cut, atol=1e-5, rtol=1e-5)
 
 
+def lengths(session, steps):
+    return [sum(len(chunk.data) for chunk in session.step()) for _ in range(steps)]
+
+
+def test_a_switch_counts_once_with_or_without_new_words(make, seeded):
+    pipe = make("longlive")
+    with pipe.stream("a corgi surfs", generator=seeded()) as session:
+        assert lengths(session, 2) == [9, 12]
+        session.steer(prompt="a corgi surfs", switch="cut")
+        assert lengths(session, 2) == [9, 12], "a new shot of the same words"
+        session.steer(prompt="the red fox")
+        assert lengths(session, 1) == [12], "the switch does not stick"
+        session.steer(prompt="in the snow", switch="cut")
+        session.steer(prompt="the red fox", switch="keep")
+        assert lengths(session, 2) == [9, 12], "what comes before the same step does not undo a cut"
+        assert session.state.prompt == "the red fox"
+
+
 def test_a_blend_reaches_the_new_prompt_in_even_steps(make, seeded):
     pipe = make("longlive")
     old, new = pipe.encode_prompt("a corgi surfs"), pipe.encode_prompt("the red fox")

@@ -35,6 +35,19 @@ def test_a_replayed_timeline_draws_what_steering_by_hand_draws(make, seeded, tmp
     assert torch.equal(pipe(timeline.prompt, **arguments).frames, torch.cat(by_hand))
 
 
+def test_every_cue_counts(make, seeded):
+    """Shots of one prompt, and two cues before one chunk, which begins at picture 21 of 16 a second."""
+    cues = [("a corgi surfs", 0), ("a corgi surfs", 0.4), ("the red fox", 1.2), ("in the snow", 1.3)]
+    shots = Timeline(tuple(Cue(at, prompt, "keep" if prompt == "in the snow" else "cut") for prompt, at in cues))
+    pipe = make("longlive")
+    drawn = []
+    with pipe.stream(shots.prompt, generator=seeded()) as session:
+        for chunks in pipe.drain(session, 40, timeline=shots):
+            drawn += [len(chunk.data) for chunk in chunks]
+        assert session.state.prompt == "in the snow"
+    assert drawn == [9, 9, 12, 9, 12]
+
+
 @pytest.mark.parametrize(
     ("cues", "message"),
     [
