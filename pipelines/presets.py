@@ -34,14 +34,11 @@ class Preset:
             taken as the last of these left it, and merged with attention inside (`planners.FlashBlock`). The pass that
             remembers the chunk computes everything. 0: all steps attend to everything.
         least_window: tokens in a window from which on `reuse` is done; a smaller one is attended to faster than merged.
-        sparse: share of the key blocks outside a chunk that are attended to where a window is long (`long_window`
-            frames or more), chosen by their means; 1 attends to all.
-        long_window: frames.
         kv: what keys and values are kept in, with a scale per token and head; None keeps them as they are computed.
         text_on_host: the text encoder stays in the host's memory and reads prompts there, wherever the rest moves.
 
     Raises:
-        ValueError: numbers that are not known, a share out of range.
+        ValueError: numbers that are not known, or counts that are none.
     """
 
     name: str
@@ -50,8 +47,6 @@ class Preset:
     narrowest: int = LEAST
     reuse: int = 0
     least_window: int = 0
-    sparse: float = 1.0
-    long_window: int = 21
     kv: Numbers | None = None
     text_on_host: bool = False
 
@@ -59,8 +54,9 @@ class Preset:
         for field in ("linears", "kv"):
             if getattr(self, field) not in (None, "fp8", "int8"):
                 raise ValueError(f"{field} must be None, 'fp8' or 'int8', got {getattr(self, field)!r}")
-        if not 0 < self.sparse <= 1:
-            raise ValueError(f"sparse is the share of blocks attended to, above 0 and up to 1, got {self.sparse}")
+        for field in ("reuse", "narrowest", "least_window"):
+            if not isinstance(getattr(self, field), int) or getattr(self, field) < 0:
+                raise ValueError(f"{field} must be a whole number from 0 on, got {getattr(self, field)!r}")
 
 
 PRESETS: dict[str, Preset] = {}

@@ -94,6 +94,7 @@ class VideoPipeline(ManneredStreamer):
         self._size = (0, 0)
         self._sharing = RLock()  # sessions may run on threads of their own, and share the arena and the codecs' scratch
         self._read: OrderedDict[str, Tensor] = OrderedDict()
+        self._asked: set[str] = set()
         self._encoder = WanEncoder(vae)
         self._decoder = WanDecoder(vae, self.recipe.chunk) if decoder is None else decoder
         self.register_to_config(recipe=as_config(self.recipe), size=list(size), rate=rate, text_length=text_length)
@@ -137,6 +138,16 @@ class VideoPipeline(ManneredStreamer):
         Raises:
             FileNotFoundError, ValueError: files are missing, damaged, unsafe or do not fit, with what is wrong.
         """
+        if "quantization_config" in settings:
+            raise ValueError(
+                "quantization_config is not taken here; preset='small' brings all products and the text encoder into 8 "
+                "bits, preset='fast' the wide products"
+            )
+        strange = settings.keys() - {"size", "rate", "text_length"}
+        if strange:
+            raise TypeError(
+                f"from_pretrained knows no {', '.join(sorted(strange))}; see its docstring for what it takes"
+            )
         found = load_components(
             pretrained_model_name_or_path,
             checkpoint=checkpoint,
@@ -242,7 +253,7 @@ class VideoPipeline(ManneredStreamer):
         if self.is_game:
             self.check_game(control)
         elif self.text_encoder is None:
-            self.encode_prompt(control.prompt)
+            self.read_prompt(control.prompt)
 
     @torch.no_grad()
     def begin(self, control: VideoControl, *, generator: torch.Generator | None = None) -> VideoState:

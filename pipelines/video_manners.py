@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from ..models.checkpoints import merge_lora, open_checkpoint
 from .video_ahead import AheadStreamer
@@ -36,7 +37,16 @@ class ManneredStreamer(AheadStreamer):
         with self._sharing, self.apart():
             merge_lora(self.transformer, adapter.weights, scale=scale)
 
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the weights as diffusers does; where a device is named, they stay there from now on."""
+        moved = super().to(*args, **kwargs)
+        if not self._visiting and any(isinstance(place, (str, torch.device)) for place in (*args, *kwargs.values())):
+            self._visited = None
+        return moved
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int | str | torch.device | None = None, device: torch.device | str | None = None
+    ) -> None:
         """Keep weights on the host, but for those that a call needs: first the text encoder, then all the others.
 
         For `pipe(...)`: between two calls nothing is left on the GPU. Streams refuse it.
@@ -44,9 +54,16 @@ class ManneredStreamer(AheadStreamer):
         Args:
             gpu_id: which GPU; the first by default.
             device: or any device.
+
+        Raises:
+            ValueError: a GPU that this machine lacks.
         """
+        named = gpu_id if isinstance(gpu_id, (str, torch.device)) else device or f"cuda:{gpu_id or 0}"
+        visited = torch.device(named)
+        if visited.type == "cuda" and (visited.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"this machine has no {visited}; without a GPU there is nothing to offload from")
         self.to("cpu")
-        self._visited = torch.device(device or f"cuda:{gpu_id or 0}")
+        self._visited = visited
 
     @property
     def is_away(self) -> bool:
@@ -72,9 +89,9 @@ class ManneredStreamer(AheadStreamer):
             self.register_modules(text_encoder=reader)
             yield
         finally:
-            self._visiting = False
             self.register_modules(text_encoder=reader)
             self.to("cpu")
+            self._visiting = False
             if self._visited.type == "cuda":
                 gc.collect()  # recorded steps and what they hold know each other
                 torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from ..models.transformer import CausalTransformer3DModel
 from .presets import Preset
 from .video_state import VideoState
 
-KEPT = 16  # prompts; one is 4 MB in bfloat16
+KEPT = 16  # prompts beside those that were asked for; one is 4 MB in bfloat16
 
 
 class PromptReader(DiffusionPipeline):
@@ -28,16 +28,22 @@ class PromptReader(DiffusionPipeline):
     text_length: int
     preset: Preset
     _read: OrderedDict[str, Tensor]
+    _asked: set[str]  # of these, what is never forgotten
 
-    @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
-        """A prompt's tokens [S, D], zero behind its end, as Wan was trained: on the CPU, kept for the next time.
+        """A prompt's tokens [S, D], zero behind its end, as Wan was trained: on the CPU, and kept.
 
         Encode the prompts of a session beforehand, and `drop_text_encoder()` gives its memory (11 GB) back.
 
         Raises:
             ValueError: the text encoder is gone, and this prompt was not encoded before.
         """
+        self._asked.add(cleaned(prompt))
+        return self.read_prompt(prompt)
+
+    @torch.no_grad()
+    def read_prompt(self, prompt: str) -> Tensor:
+        """As `encode_prompt`, but forgotten when many others have been read since."""
         text = cleaned(prompt)
         if text not in self._read:
             if self.text_encoder is None or self.tokenizer is None:
@@ -48,8 +54,10 @@ class PromptReader(DiffusionPipeline):
                 )
             self._read[text] = self._encode(text)
         self._read.move_to_end(text)
-        while len(self._read) > KEPT and self.text_encoder is not None:
-            self._read.popitem(last=False)
+        passing = [known for known in self._read if known not in self._asked]
+        if self.text_encoder is not None:
+            for known in passing[:-KEPT]:
+                del self._read[known]
         return self._read[text]
 
     def keep_prompt(self, prompt: str, tokens: Tensor) -> None:
@@ -62,6 +70,7 @@ class PromptReader(DiffusionPipeline):
         if tuple(tokens.shape) != wanted:
             raise ValueError(f"tokens of this pipeline's prompts are {list(wanted)}, got {list(tokens.shape)}")
         self._read[cleaned(prompt)] = tokens.cpu()
+        self._asked.add(cleaned(prompt))
 
     def known_prompt(self) -> str:
         """A prompt that can be read: any, or one of those that were kept once there is no text encoder.

@@ -115,7 +115,7 @@ class VideoStreamer(VideoDrawer):
                 chunks += [self.shown(state, each, when) for each in self.complete(state)]
                 if self._caller is not None:  # what was just decoded is not to be overwritten
                     torch.cuda.current_stream(self.arena.device).wait_stream(self._caller)
-            text = self.encode_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
+            text = self.read_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
             if switch == "lerp":
                 state.origin, state.target, state.blend = state.text, text, 0
             else:

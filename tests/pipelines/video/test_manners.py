@@ -79,6 +79,20 @@ def test_an_offloaded_pipeline_draws_the_same_clip_part_after_part(make, seeded,
         pipe.stream("a corgi surfs")
 
 
+def test_a_pipeline_that_is_moved_streams_again(make, seeded):
+    pipe = make("longlive")
+    pipe.enable_model_cpu_offload(device="cpu")
+    clip(pipe, seeded)
+    assert pipe.is_away, "a clip does not end it"
+    assert not pipe.to(torch.device("cpu")).is_away
+    with pipe.stream("a corgi surfs", generator=seeded()) as session:
+        assert session.step()
+    if not torch.cuda.is_available():
+        for given in ({}, {"gpu_id": "cuda"}, {"device": "cuda:1"}):
+            with pytest.raises(ValueError, match="this machine has no cuda"):
+                pipe.enable_model_cpu_offload(**given)
+
+
 def test_weights_go_back_when_a_clip_fails(make, seeded):
     pipe = make("longlive")
     pipe.enable_model_cpu_offload(device="cpu")

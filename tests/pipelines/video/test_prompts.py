@@ -42,6 +42,18 @@ def test_without_a_text_encoder_only_known_prompts_are_drawn(pipe, seeded):
         session.step()
 
 
+def test_what_was_encoded_beforehand_is_never_forgotten(pipe):
+    prompts = [f"a corgi and {number}" for number in range(20)]
+    for prompt in prompts:
+        pipe.encode_prompt(prompt)
+    for number in range(20):
+        pipe.read_prompt(f"a fox and {number}")
+    assert len(pipe._read) == 20 + 16, "what only passed is forgotten"
+    pipe.drop_text_encoder()
+    for prompt in prompts:
+        pipe.encode_prompt(prompt)
+
+
 def test_tokens_from_elsewhere_stand_for_their_prompt(pipe, seeded):
     expected = pipe("a corgi surfs", num_frames=9, generator=seeded(), output_type="pt").frames
     tokens = pipe.encode_prompt("a corgi surfs")
