@@ -229,6 +229,7 @@ def run_video(arguments: argparse.Namespace) -> int:
         pipe.stream(arguments.prompt if timeline is None else timeline.prompt, **settings) as session,
     ):
         if video is None:
+            assert total is not None, "only a video has a length of its own"
             drawn = pipe.drain(session, total, timeline=timeline)
         else:
             drawn = redraw(pipe, session, video, total, timeline)
