@@ -24,7 +24,8 @@ class Cue:
     """From `at` seconds of the video on, this prompt; `switch` as in `VideoControl`.
 
     Raises:
-        TypeError, ValueError: values that a control would refuse, or a time that is not finite and at least 0.
+        TypeError, ValueError: values that a control would refuse, half a character in the prompt, or a time that is
+            not finite and at least 0.
     """
 
     at: float
@@ -32,9 +33,12 @@ class Cue:
     switch: str = "keep"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.at, (int, float)) or not (math.isfinite(self.at) and self.at >= 0):
+        number = isinstance(self.at, (int, float)) and not isinstance(self.at, bool)
+        if not number or not 0 <= self.at < math.inf:
             raise ValueError(f"a cue's time must be seconds from 0 on, got {self.at!r}")
         VideoControl(self.prompt, switch=self.switch)  # pyright: ignore[reportArgumentType] (it refuses what is wrong)
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            raise ValueError("the prompt holds half a character (a lone surrogate)")
 
 
 @dataclass(frozen=True)
@@ -61,24 +65,32 @@ class Timeline:
 
     @staticmethod
     def of(cues: Iterable[dict[str, Any]]) -> Timeline:
-        """From what JSON holds. ValueError or TypeError names what is wrong."""
+        """From what JSON holds. ValueError tells what is wrong, and in which cue."""
         made = []
         for number, cue in enumerate(cues):
             if not isinstance(cue, dict) or not {"at", "prompt"} <= cue.keys() <= {"at", "prompt", "switch"}:
                 raise ValueError(f'cue {number} must be {{"at": seconds, "prompt": words, "switch": how}}, got {cue!r}')
-            made.append(Cue(**cue))
+            try:
+                made.append(Cue(**cue))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"cue {number}: {error}") from None
         return Timeline(tuple(made))
 
     @staticmethod
     def load(path: str | Path) -> Timeline:
-        """Read a JSON file. FileNotFoundError, or ValueError if it is no timeline."""
+        """Read a JSON file. FileNotFoundError, or ValueError if it is no timeline, with the file and the cue."""
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no JSON: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply for a timeline") from None
         if not isinstance(stored, list):
             raise ValueError(f"{path} must hold a list of cues, got a {type(stored).__name__}")
-        return Timeline.of(stored)
+        try:
+            return Timeline.of(stored)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write what `load` reads."""

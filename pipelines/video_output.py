@@ -37,16 +37,19 @@ def as_output(pictures: Tensor, output_type: OutputType) -> Any:
 def as_picture(image: Any, size: tuple[int, int]) -> Tensor:
     """A PIL image, an array [H, W, 3] or a tensor [3, H, W] as a tensor [3, H, W] in [0, 1] of `size`.
 
-    PIL images are scaled and cut about their middle; the others must have the right size.
+    PIL images are turned upright, scaled and cut about their middle; the others must have the right size.
 
     Raises:
-        ValueError: another shape or kind of numbers.
+        ValueError: another shape or kind of numbers, or numbers beyond 0 to 1.
     """
     height, width = size
     if hasattr(image, "convert"):
-        from PIL import ImageOps
+        from PIL import Image, ImageOps
 
-        image = np.asarray(ImageOps.fit(image.convert("RGB"), (width, height)))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # grey in 16 bits, of which `convert` would keep the lower 8
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        image = np.asarray(ImageOps.fit(upright.convert("RGB"), (width, height)))
     if isinstance(image, np.ndarray):
         values = torch.from_numpy(np.array(image))
         image = values.movedim(-1, 0) if values.ndim == 3 else values
@@ -54,6 +57,9 @@ def as_picture(image: Any, size: tuple[int, int]) -> Tensor:
     if not isinstance(image, Tensor) or tuple(image.shape) != (3, height, width) or not image.is_floating_point():
         seen = f"{list(image.shape)} in {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"a picture of this pipeline is [3, {height}, {width}] in floats from 0 to 1, got {seen}")
+    least, most = image.min().item(), image.max().item()
+    if not (least >= 0 and most <= 1):  # so said, not-a-number is refused as well
+        raise ValueError(f"a picture of this pipeline is in floats from 0 to 1, got {least:g} to {most:g}")
     return image
 
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .machine import machine
-from .world import attend_as, pick_device
+from .world import attend_as, pick_device, refuse_file, shipped_models
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from PIL.Image import Image
 
+    from ..pipelines.timeline import Timeline
     from ..pipelines.video import VideoPipeline
+    from ..streaming import Chunk, Recorder, Session, VideoControl, VideoFile
 
 DTYPES = ("float32", "bfloat16", "float16")
 VIDEO_MODELS = ("VideoPipeline", "WanPipeline")  # class names in a model's index
+VIDEO_OPTIONS = ("recipe", "checkpoint", "lora", "decoder")  # of every command that loads one, and of no other model
+SECONDS = 10.0  # of a clip that nobody has given a length
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +48,51 @@ def video_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def is_video_model(arguments: argparse.Namespace) -> bool:
-    """Do these arguments mean a video model, rather than a world?"""
-    if arguments.recipe or arguments.checkpoint:
-        return True
-    index = Path(arguments.model or "").expanduser() / "model_index.json"
-    if not index.is_file():
+def is_video_model(arguments: argparse.Namespace, options: Sequence[str] = VIDEO_OPTIONS) -> bool:
+    """Do these arguments mean a video model, rather than a world?
+
+    Args:
+        options: those that only video models read. They tell, where the model's folder does not say what it holds.
+
+    Raises:
+        ValueError: the model's index can't be read.
+    """
+    from ..pipelines.video_load import find_parts
+
+    name = arguments.model or ""
+    folder = Path(name).expanduser()
+    kind = class_of(folder) if name else None
+    if name in shipped_models() or kind == "WorldPipeline":
         return False
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    return (kind[-1] if isinstance(kind, list) else kind) in VIDEO_MODELS
+    if kind in VIDEO_MODELS or arguments.recipe or arguments.checkpoint:
+        return True
+    if kind is not None:
+        return False
+    if any(getattr(arguments, option) is not None for option in options):
+        return True
+    return bool(name) and folder.is_dir() and not {"transformer", "vae", "text_encoder"}.isdisjoint(find_parts(folder))
+
+
+def class_of(folder: Path) -> str | None:
+    """The class that a folder's index names; None if there is no index, or no class in it.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return None
+    try:
+        stored = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{index} is no JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{index} must hold an object, got a {type(stored).__name__}")
+    kind = stored.get("_class_name")
+    kind = kind[-1] if isinstance(kind, list) and kind else kind  # the library may stand before it
+    if not isinstance(kind, str | None):
+        raise ValueError(f"{index} must name a class in _class_name, got {kind!r}")
+    return kind
 
 
 def load_arguments(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -77,7 +119,9 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..pipelines.recipes import as_config
     from ..pipelines.video_load import find_parts, local_folder
 
+    refuse_file(arguments.model)
     folder = local_folder(arguments.model, transformer=arguments.checkpoint is None)
+    class_of(folder)  # says so if the index is damaged
     chosen = load_arguments(arguments, pick_device("auto"))
     pipe, plan = plan_for(folder, **chosen)
     plans = {name: plan_for(folder, **chosen | {"preset": name})[1] for name in PRESETS}
@@ -143,6 +187,7 @@ def load_video(arguments: argparse.Namespace) -> VideoPipeline:
     """The video pipeline that the arguments name, on its device."""
     from ..pipelines.video import VideoPipeline
 
+    refuse_file(arguments.model)
     device = pick_device(arguments.device)
     pipe = VideoPipeline.from_pretrained(arguments.model, **load_arguments(arguments, device)).to(device)
     attend_as(pipe, getattr(arguments, "attention", None))
@@ -150,49 +195,115 @@ def load_video(arguments: argparse.Namespace) -> VideoPipeline:
 
 
 def run_video(arguments: argparse.Namespace) -> int:
-    """Draw a clip of a video model into a file, from words, a picture or another video."""
+    """Draw a clip of a video model into a file, from words, a picture or another video.
+
+    Raises:
+        FileNotFoundError, ValueError: what is wrong with the files, the model or the length; no frame was drawn.
+    """
     import torch
     from tqdm import tqdm
 
     from ..pipelines.timeline import Timeline
-    from ..streaming import Recorder
+    from ..streaming import Recorder, VideoFile
     from .world import check_recording
 
     check_recording(arguments.output)
     for path in (arguments.image, arguments.video):
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
+    if arguments.strength is not None and arguments.video is None:
+        raise ValueError("--strength is how far --video is redrawn; give a video too")
     timeline = None if arguments.timeline is None else Timeline.load(arguments.timeline)
-    prompt = arguments.prompt if timeline is None else timeline.prompt
+    start = None if arguments.image is None else read_picture(arguments.image)
+    video = None if arguments.video is None else VideoFile(arguments.video)
     pipe = load_video(arguments)
-    count = arguments.frames or max(1, round(arguments.seconds * pipe.rate))
-    generator = torch.Generator().manual_seed(arguments.seed)
-    media = None if arguments.video is None else pictures(arguments.video, pipe.size)
-    start = None if arguments.image is None else next(pictures(arguments.image, pipe.size))
-    drawn = 0
+    total = length_of(arguments, pipe.rate)
+    settings = {
+        "image": start,
+        "strength": 1.0 if arguments.strength is None else arguments.strength,
+        "generator": torch.Generator().manual_seed(arguments.seed),
+    }
     with (
         Recorder(arguments.output, rate=pipe.rate) as recorder,
-        tqdm(total=count, unit="frame") as progress,
-        pipe.stream(prompt, image=start, strength=arguments.strength, generator=generator) as session,
+        tqdm(total=total, unit="frame") as progress,
+        pipe.stream(arguments.prompt if timeline is None else timeline.prompt, **settings) as session,
     ):
-        for chunks in pipe.drain(session, count, media, timeline):
+        if video is None:
+            assert total is not None, "only a video has a length of its own"
+            drawn = pipe.drain(session, total, timeline=timeline)
+        else:
+            drawn = redraw(pipe, session, video, total, timeline)
+        for chunks in drawn:
             for chunk in chunks:
-                recorder.write(chunk)
-                drawn += len(chunk.data)
-                progress.update(len(chunk.data))
-    print(f"{arguments.output}: {drawn} frames ({drawn / pipe.rate:.1f} s at {pipe.rate:g} frames/s)")
+                write_up_to(recorder, chunk, total)
+            progress.update(recorder.frames - progress.n)
+    if not recorder.frames:
+        raise ValueError("no frame was drawn, so nothing was written")
+    length = f"{recorder.frames} frames ({recorder.frames / pipe.rate:.1f} s at {pipe.rate:g} frames/s)"
+    print(f"{arguments.output}: {length}")
     return 0
 
 
-def pictures(path: Path, size: tuple[int, int]) -> Iterator[Tensor]:
-    """The pictures of an image or a video file, scaled and cut to `size`."""
+def length_of(arguments: argparse.Namespace, rate: float) -> int | None:
+    """How many frames are asked for; None is all of `--video`."""
+    if arguments.frames is not None:
+        return arguments.frames
+    if arguments.seconds is None and arguments.video is not None:
+        return None
+    return max(1, round((arguments.seconds or SECONDS) * rate))
+
+
+def redraw(
+    pipe: VideoPipeline,
+    session: Session[Any, VideoControl],
+    video: VideoFile,
+    total: int | None,
+    timeline: Timeline | None,
+) -> Iterator[Sequence[Chunk]]:
+    """What `session` makes of `video`, read at the pipeline's rate: one frame for each picture, at most `total`."""
+    from ..streaming import Frame, fit
+    from .live import at_rate, redrawn
+
+    def frames() -> Iterator[Frame]:
+        for number, picture in enumerate(islice(at_rate(video, video.rate, pipe.rate), total)):
+            if timeline is not None:
+                begun = 0 if session.state is None else pipe.begun(session.state)
+                timeline.steer(session, begun / pipe.rate)
+            yield Frame(fit(picture, pipe.size), number / pipe.rate)
+
     try:
-        import imageio.v3 as imageio
-    except ImportError:
-        raise ImportError('reading pictures needs imageio: pip install "imageio[ffmpeg]"') from None
-    from PIL import Image
+        yield from redrawn(session, frames(), pipe.pictures_per_chunk)
+    finally:
+        video.close()
 
-    from ..pipelines.video_output import as_picture
 
-    for picture in imageio.imiter(path):
-        yield as_picture(Image.fromarray(picture), size)
+def write_up_to(recorder: Recorder, chunk: Chunk, total: int | None) -> None:
+    """Record as much of `chunk` as makes `total` frames in all; None is all of it."""
+    if total is None:
+        recorder.write(chunk)
+    elif recorder.frames < total:
+        recorder.write(replace(chunk, data=chunk.data[: total - recorder.frames]))
+
+
+def read_picture(path: Path) -> Image:
+    """The picture in a file, upright, or the first one of a video.
+
+    Raises:
+        ValueError: the file is neither, or damaged.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from ..pipelines.video_output import as_output
+    from ..streaming import VideoFile
+
+    try:
+        try:
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image)
+        except UnidentifiedImageError:
+            video = VideoFile(path)
+        first = next(iter(video))
+        video.close()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(f"{path} is no picture or video that can be read") from None
+    return as_output(first[None], "pil")[0]

@@ -36,6 +36,12 @@ def shipped_models(kind: str | None = "WorldPipeline") -> dict[str, Path]:
     }
 
 
+def refuse_file(name: str) -> None:
+    """ValueError if the model `name` is a file, which a model is not; the hub would be asked for owner/name."""
+    if Path(name).expanduser().is_file():
+        raise ValueError(f"{name} is a file, a model is a folder; give weights in a file as --checkpoint")
+
+
 def load_world(name: str, device: str = "auto", preset: str | None = None) -> WorldPipeline:
     """The world model `name` (shipped, a folder, or owner/name on the Hugging Face hub) on `device`.
 
@@ -49,6 +55,7 @@ def load_world(name: str, device: str = "auto", preset: str | None = None) -> Wo
 
     from ..pipelines.presets import find_preset
 
+    refuse_file(name)
     torch_device = pick_device(device)
     dtype, arithmetic = world_dtype(preset, torch_device.type), {}
     if preset is not None:

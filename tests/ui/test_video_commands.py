@@ -72,14 +72,24 @@ def test_info_says_what_is_missing(folder, capsys, tmp_path):
     assert "must be HEIGHTxWIDTH in pixels, such as 480x832, got 'big'" in capsys.readouterr().err
 
 
-def run(folder, *words):
-    return cli.main(["run", "a corgi surfs", "--model", str(folder), "--device", "cpu", *map(str, words)])
+def run(folder, *words, prompt=("a corgi surfs",)):
+    return cli.main(["run", *prompt, "--model", str(folder), "--device", "cpu", *map(str, words)])
+
+
+def film(path, pictures, rate=16):
+    from millstream.streaming import Chunk, Recorder
+
+    with Recorder(path, rate=rate) as recorder:
+        recorder.write(Chunk("video", torch.rand(pictures, 3, 16, 32), 0, rate, 0, 0.0))
+    return path
 
 
 def test_run_draws_a_clip_from_words(folder, tmp_path, capsys):
     assert run(folder, "--frames", 20, "-o", tmp_path / "clip.mp4") == 0
-    assert "21 frames (1.3 s at 16 frames/s)" in capsys.readouterr().out
-    assert VideoFile(tmp_path / "clip.mp4").read().data.shape == (3, 16, 32)
+    assert "20 frames (1.2 s at 16 frames/s)" in capsys.readouterr().out, "of 21, which are drawn in chunks"
+    drawn = list(VideoFile(tmp_path / "clip.mp4"))
+    assert len(drawn) == 20
+    assert drawn[0].shape == (3, 16, 32)
 
 
 def test_run_redraws_a_video_begins_with_a_picture_and_follows_a_timeline(folder, tmp_path, capsys):
@@ -92,10 +102,98 @@ def test_run_redraws_a_video_begins_with_a_picture_and_follows_a_timeline(folder
     Image.new("RGB", (64, 64), "red").save(tmp_path / "start.png")
     (tmp_path / "shots.json").write_text('[{"at": 0, "prompt": "a fox"}, {"at": 1, "prompt": "snow", "switch": "cut"}]')
     shots = ("--image", tmp_path / "start.png", "--timeline", tmp_path / "shots.json", "-o", tmp_path / "shots.mp4")
-    assert run(folder, *shots, "--frames", 30) == 0
-    assert "shots.mp4: 34 frames" in capsys.readouterr().out, "13 from the picture on, 12, and 9 of the new shot"
+    assert run(folder, *shots, "--frames", 30, prompt=()) == 0
+    assert "shots.mp4: 30 frames" in capsys.readouterr().out, "13 from the picture on, 12, and 5 of the new shot's 9"
+    assert run(folder, *shots) == 2
+    assert "the timeline says what to draw; leave the prompt out" in capsys.readouterr().err
     assert run(folder, "--image", tmp_path / "none.png", "-o", tmp_path / "x.mp4") == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 8, 20])
+def test_run_redraws_every_picture_of_a_video(folder, tmp_path, capsys, pictures):
+    words = ("--video", film(tmp_path / "film.mp4", pictures), "--strength", 0.5, "-o", tmp_path / "out.mp4")
+    assert run(folder, *words) == 0
+    assert f"out.mp4: {pictures} frames" in capsys.readouterr().out
+    assert len(list(VideoFile(tmp_path / "out.mp4"))) == pictures
+
+
+def test_run_keeps_the_tempo_of_a_video_and_stops_where_it_is_told(folder, tmp_path, capsys):
+    words = ("--video", film(tmp_path / "film.mp4", 60, rate=30), "--strength", 0.5, "-o", tmp_path / "out.mp4")
+    assert run(folder, *words) == 0
+    assert "out.mp4: 32 frames (2.0 s at 16 frames/s)" in capsys.readouterr().out
+    assert run(folder, *words, "--frames", 5) == 0
+    assert "out.mp4: 5 frames" in capsys.readouterr().out
+
+
+def test_run_redraws_a_video_by_a_timeline(folder, tmp_path, capsys):
+    (tmp_path / "shots.json").write_text('[{"at": 0, "prompt": "a fox"}, {"at": 0.5, "prompt": "snow"}]')
+    words = ("--video", film(tmp_path / "film.mp4", 33), "--timeline", tmp_path / "shots.json", "--strength", 0.9)
+    assert run(folder, *words, "-o", tmp_path / "shots.mp4", prompt=()) == 0
+    assert run(folder, *words[:2], *words[4:], "-o", tmp_path / "fox.mp4", prompt=("a fox",)) == 0
+    shots, fox = (torch.stack(list(VideoFile(tmp_path / name))) for name in ("shots.mp4", "fox.mp4"))
+    assert len(shots) == len(fox) == 33
+    change = (shots - fox).abs().mean((1, 2, 3))
+    assert change[:5].max() < change[12:].max() / 2, "the words change once the first chunk, of 9, is drawn"
+
+
+def test_what_is_no_picture_or_video_is_refused_in_a_sentence(folder, tmp_path, capfd):
+    (tmp_path / "words.png").write_text("no picture at all")
+    (tmp_path / "cut.mp4").write_bytes(film(tmp_path / "film.mp4", 20).read_bytes()[:400])
+    for name in ("words.png", "cut.mp4"):
+        assert run(folder, "--image", tmp_path / name, "-o", tmp_path / "out.mp4") == 2
+        assert f"{name} is no picture or video that can be read\n" in capfd.readouterr().err
+        assert run(folder, "--video", tmp_path / name, "-o", tmp_path / "out.mp4") == 2
+        err = capfd.readouterr().err
+        assert f"{name} is not a video that OpenCV can read" in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keys", "KeyW"], "--keys is for worlds; this model is none of them"),
+        (["--steps", "3"], "--steps is for worlds"),
+        (["--strength", "0"], "--strength is how far --video is redrawn"),
+    ],
+)
+def test_run_refuses_what_a_video_model_does_not_read(folder, tmp_path, capsys, words, message):
+    assert run(folder, "--frames", 2, "-o", tmp_path / "out.mp4", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_run_knows_a_wan_folder_as_it_is_released(tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    save_file({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    assert run(tmp_path, "-o", tmp_path / "out.mp4") == 2
+    assert "does not say how its weights are run; give recipe=" in capsys.readouterr().err
+
+
+def test_a_file_is_no_model(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    for words in (["info"], ["run", "x"], ["run", "x", "--recipe", "longlive"]):
+        assert cli.main([*words, "--model", file]) == 2
+        told = capsys.readouterr().err
+        assert f"{file} is a file, a model is a folder; give weights in a file as --checkpoint" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{bad", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[1]", "must hold an object, got a list"),
+        ('{"_class_name": []}', r"must name a class in _class_name, got []"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, capsys, text, message):
+    (tmp_path / "model_index.json").write_text(text)
+    for words in (["info"], ["run", "x", "-o", str(tmp_path / "out.mp4")]):
+        assert cli.main([*words, "--model", str(tmp_path)]) == 2
+        assert f"model_index.json {message}" in capsys.readouterr().err
 
 
 def test_live_redraws_a_video_with_a_video_model(folder, tmp_path, capsys):

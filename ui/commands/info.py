@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import machine, versions
-from ..video import add_video_options, describe
+from ..video import VIDEO_OPTIONS, add_video_options, describe
 from ..video import as_text as describe_as_text
 from ..world import shipped_models
 
@@ -29,6 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
         report = describe(arguments)
         print(json.dumps(report, indent=2) if arguments.json else describe_as_text(report))
         return 0
+    for option in ("preset", "size", "dtype", *VIDEO_OPTIONS):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option} is about a video model; say which with --model")
     models = {name: measure(folder) for name, folder in shipped_models(kind=None).items()}
     report = {"machine": machine(), "versions": versions(), "models": models}
     print(json.dumps(report, indent=2) if arguments.json else as_text(report))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..keys import KeyScript
-from ..video import add_video_options, is_video_model, run_video
+from ..video import SECONDS, add_video_options, is_video_model, run_video
 from ..world import (
     attend_as,
     check_prompt,
@@ -19,6 +19,13 @@ from ..world import (
     seed_integer,
 )
 
+WORLDS, VIDEOS = "worlds", "video models"
+READERS = {  # of the options that not every model reads, who does
+    **dict.fromkeys(("keys", "steps"), WORLDS),
+    **dict.fromkeys(("recipe", "checkpoint", "lora", "decoder", "size", "dtype"), VIDEOS),
+    **dict.fromkeys(("image", "video", "strength", "timeline"), VIDEOS),
+}
+
 
 def add(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command."""
@@ -27,18 +34,19 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         help="walk through a world by a key script and write an mp4",
         description='For example: millstream run "a brick corridor" --keys "KeyW*40 ArrowLeft*20 KeyW+Space*10"',
     )
-    parser.add_argument("prompt", help="the world, in words")
+    parser.add_argument("prompt", nargs="?", help="the world or the clip, in words; not with --timeline")
     parser.add_argument(
         "--keys",
-        default="KeyW",
         metavar="SCRIPT",
-        help='KEY[+KEY]*FRAMES, separated by spaces, repeated to the end; "-" is no key (default: %(default)s)',
+        help='worlds: KEY[+KEY]*FRAMES, separated by spaces, repeated to the end; "-" is no key (default: KeyW)',
     )
     parser.add_argument("--image", type=Path, help="video models: what the first picture shows")
     parser.add_argument("--video", type=Path, help="video models: a video to redraw")
-    parser.add_argument("--strength", type=float, default=1.0, help="how far, from 0 (kept) to 1 (ignored; default)")
-    parser.add_argument("--timeline", type=Path, help="video models: prompts at times, a JSON file")
-    parser.add_argument("--seconds", type=positive_seconds, default=10.0, help="length of the clip (default: 10)")
+    parser.add_argument("--strength", type=float, help="how far, from 0 (kept) to 1 (ignored; default)")
+    parser.add_argument("--timeline", type=Path, help="video models: prompts at times, a JSON file, instead of PROMPT")
+    parser.add_argument(
+        "--seconds", type=positive_seconds, help=f"length of the clip (default: {SECONDS:g}, or all of --video)"
+    )
     parser.add_argument("--frames", type=positive_integer, help="length in frames; overrides --seconds")
     parser.add_argument("-o", "--output", type=Path, default=Path("walk.mp4"), help="default: %(default)s")
     add_world_options(parser)
@@ -57,7 +65,9 @@ def add_world_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything cheap, then load, then walk."""
-    if is_video_model(arguments):
+    videos = is_video_model(arguments, [option for option, reader in READERS.items() if reader == VIDEOS])
+    check(arguments, VIDEOS if videos else WORLDS)
+    if videos:
         return run_video(arguments)
     import torch
 
@@ -65,10 +75,21 @@ def run(arguments: argparse.Namespace) -> int:
     check_recording(arguments.output)
     pipe = load_world(arguments.model, arguments.device, arguments.preset)
     attend_as(pipe, arguments.attention)
-    script = KeyScript.parse(arguments.keys, pipe.key_map)
+    script = KeyScript.parse("KeyW" if arguments.keys is None else arguments.keys, pipe.key_map)
     say_nearest(pipe, prompt)
     generator = torch.Generator().manual_seed(arguments.seed)
-    frames = arguments.frames or max(1, round(arguments.seconds * pipe.rate))
+    frames = arguments.frames or max(1, round((arguments.seconds or SECONDS) * pipe.rate))
     with pipe.stream(prompt, generator=generator, num_inference_steps=arguments.steps) as session:
         record(session, arguments.output, script, frames)
     return 0
+
+
+def check(arguments: argparse.Namespace, kind: str) -> None:
+    """ValueError for an option that this kind of model does not read, and for none or two of prompt and timeline."""
+    for option, reader in READERS.items():
+        if getattr(arguments, option) is not None and kind != reader:
+            raise ValueError(f"--{option} is for {reader}; this model is none of them")
+    if arguments.prompt is None and arguments.timeline is None:
+        raise ValueError("say what to draw, in words: millstream run PROMPT")
+    if arguments.prompt is not None and arguments.timeline is not None:
+        raise ValueError("the timeline says what to draw; leave the prompt out, or --timeline")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..video import write_up_to
 from ..world import scale_of
 from .uploads import read_pictures
 
 if TYPE_CHECKING:
-    from ...streaming import Chunk, Recorder
     from .clips import ClipRequest
 
 
@@ -54,9 +53,3 @@ def make_video(
                 write_up_to(recorder, chunk, total)
             progress(recorder.frames, total)
     return recorder.frames, time.monotonic() - start
-
-
-def write_up_to(recorder: Recorder, chunk: Chunk, total: int) -> None:
-    """Record as much of `chunk` as makes `total` frames in all."""
-    if recorder.frames < total:
-        recorder.write(replace(chunk, data=chunk.data[: total - recorder.frames]))

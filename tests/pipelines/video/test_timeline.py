@@ -58,6 +58,10 @@ def test_every_cue_counts(make, seeded):
         ([{"at": 0, "prompt": "x", "switch": "fade"}], "switch must be keep, recache, lerp or cut, got 'fade'"),
         ([{"at": 0}], r"cue 0 must be \{.*\}, got \{'at': 0\}"),
         ([{"at": 0, "prompt": "x", "colour": 1}], "cue 0 must be"),
+        ([CUES[0], {"at": 1, "prompt": 7}], "cue 1: prompt must be a string, got int"),
+        ([CUES[0], {"at": "1", "prompt": "x"}], "cue 1: a cue's time must be seconds from 0 on, got '1'"),
+        ([CUES[0], {"at": 1, "prompt": "\ud83d"}], "cue 1: the prompt holds half a character"),
+        ([{"at": False, "prompt": "x"}], "cue 0: a cue's time must be seconds from 0 on, got False"),
     ],
 )
 def test_what_is_no_timeline_is_refused(cues, message):
@@ -67,7 +71,12 @@ def test_what_is_no_timeline_is_refused(cues, message):
 
 def test_files_that_are_no_timelines_are_refused(tmp_path):
     path = tmp_path / "shots.json"
-    for text, message in (("{", "is no JSON"), ('{"at": 0}', "must hold a list of cues, got a dict")):
+    for text, message in (
+        ("{", "is no JSON"),
+        ('{"at": 0}', "must hold a list of cues, got a dict"),
+        ("[" * 200_000, "shots.json is nested too deeply"),
+        ('[{"at": 0, "prompt": "x"}, {"at": 1, "prompt": 7}]', "shots.json: cue 1: prompt must be a string"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             Timeline.load(path)

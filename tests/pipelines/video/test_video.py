@@ -324,3 +324,27 @@ def test_pictures_of_every_kind_are_read(pipe):
     for image in (array, Image.fromarray(array), expected, array.astype(np.float32) / 255):
         torch.testing.assert_close(as_picture(image, (16, 32)), expected)
     assert as_picture(Image.new("L", (99, 20)), (16, 32)).shape == (3, 16, 32)
+
+
+def test_a_picture_is_turned_upright_and_16_bits_of_grey_stay_grey(tmp_path):
+    from millstream.pipelines.video_output import as_picture
+
+    lying = Image.new("RGB", (32, 16))
+    lying.paste("white", (0, 0, 8, 16))  # at the left, which is the top once turned
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "turned.png", exif=exif)
+    picture = as_picture(Image.open(tmp_path / "turned.png"), (32, 16))
+    assert picture[:, :6].mean() > 0.9
+    assert picture[:, 10:].mean() < 0.1
+    Image.fromarray(np.full((16, 32), 0x4000, np.uint16)).save(tmp_path / "grey.png")
+    grey = as_picture(Image.open(tmp_path / "grey.png"), (16, 32))
+    torch.testing.assert_close(grey, torch.full((3, 16, 32), 64 / 255))
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, 255.0, float("nan"), float("inf")])
+def test_a_picture_beyond_0_to_1_is_refused(pipe, value):
+    picture = torch.full((3, 16, 32), 0.5)
+    picture[1, 2, 3] = value
+    with pytest.raises(ValueError, match="in floats from 0 to 1, got"):
+        pipe("a corgi", image=picture, num_frames=1)
