@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 VIDEO_MODELS = ("VideoPipeline", "WanPipeline")  # class names in a model's index
 VIDEO_OPTIONS = ("recipe", "checkpoint", "lora", "decoder")  # of every command that loads one, and of no other model
+VIDEO_STRENGTH = 0.8  # of StreamDiffusionV2's demo; its recipe takes no less than 0.7
 SECONDS = 10.0  # of a clip that nobody has given a length
 
 
@@ -218,9 +219,10 @@ def run_video(arguments: argparse.Namespace) -> int:
     video = None if arguments.video is None else VideoFile(arguments.video)
     pipe = load_video(arguments)
     total = length_of(arguments, pipe.rate)
+    unasked = 1.0 if video is None else VIDEO_STRENGTH
     settings = {
         "image": start,
-        "strength": 1.0 if arguments.strength is None else arguments.strength,
+        "strength": unasked if arguments.strength is None else arguments.strength,
         "generator": torch.Generator().manual_seed(arguments.seed),
     }
     with (
@@ -265,10 +267,12 @@ def redraw(
     from .live import at_rate, redrawn
 
     def frames() -> Iterator[Frame]:
+        since = 0.0
         for number, picture in enumerate(islice(at_rate(video, video.rate, pipe.rate), total)):
             if timeline is not None:
                 begun = 0 if session.state is None else pipe.begun(session.state)
-                timeline.steer(session, begun / pipe.rate)
+                timeline.steer(session, begun / pipe.rate, since)
+                since = begun / pipe.rate
             yield Frame(fit(picture, pipe.size), number / pipe.rate)
 
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..live import SteeringWindow, hear, translate
 from ..live_image import add_image_options, control_of, is_image_model, load_live_image
-from ..video import add_video_options, is_video_model, load_video
+from ..video import VIDEO_STRENGTH, add_video_options, is_video_model, load_video
 from ..world import attend_as, check_prompt, check_recording, load_world, positive_seconds, say_nearest, scale_of
 from .run import VIDEOS, WORLDS, add_world_options
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 STRENGTH = 0.4  # by eye: enough to be the world, little enough to follow the camera
 IMAGE_STRENGTH = 0.5  # of an image pipeline's steps, which are few
-VIDEO_STRENGTH = 0.8  # of StreamDiffusionV2's demo; its recipe takes no less than 0.7
 IMAGES = "image pipelines"
 READERS = {  # of the options that not every model reads, who does
     **dict.fromkeys(("follow_motion", "stream_batch"), (WORLDS,)),

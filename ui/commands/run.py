@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..keys import KeyScript
-from ..video import SECONDS, add_video_options, is_video_model, run_video
+from ..video import SECONDS, VIDEO_STRENGTH, add_video_options, is_video_model, run_video
 from ..world import (
     attend_as,
     check_prompt,
@@ -42,7 +42,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--image", type=Path, help="video models: what the first picture shows")
     parser.add_argument("--video", type=Path, help="video models: a video to redraw")
-    parser.add_argument("--strength", type=float, help="how far, from 0 (kept) to 1 (ignored; default)")
+    parser.add_argument(
+        "--strength", type=float, help=f"how far, from 0 (kept) to 1 (ignored); default: {VIDEO_STRENGTH}"
+    )
     parser.add_argument("--timeline", type=Path, help="video models: prompts at times, a JSON file, instead of PROMPT")
     parser.add_argument(
         "--seconds", type=positive_seconds, help=f"length of the clip (default: {SECONDS:g}, or all of --video)"
