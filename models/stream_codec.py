@@ -223,7 +223,7 @@ def statistics(vae: AutoencoderKLWan) -> tuple[tuple[float, ...], tuple[float, .
     """
     z, found = vae.config["z_dim"], []
     for name in ("latents_mean", "latents_std"):
-        values = vae.config.get(name)
+        values: Any = vae.config.get(name)
         wrong = _wrong(values, z, positive=name == "latents_std")
         if wrong:
             raise ValueError(

@@ -201,10 +201,12 @@ def _completed(told: dict[str, Any], configs: list[Mapping[str, Any] | None]) ->
     """What shapes tell, with what they do not tell from the first of `configs` that is as wide."""
     dim = told["num_attention_heads"] * told["attention_head_dim"]
     for config in configs:
-        heads = [(config or {}).get(name) for name in ("num_attention_heads", "attention_head_dim")]
-        if config is None or not all(isinstance(each, int) and each > 0 for each in heads) or math.prod(heads) != dim:
+        number, size = ((config or {}).get(name) for name in ("num_attention_heads", "attention_head_dim"))
+        if config is None or not isinstance(number, int) or not isinstance(size, int) or number < 1:
             continue
-        known = dict(zip(("num_attention_heads", "attention_head_dim"), heads))
+        if number * size != dim:
+            continue
+        known: dict[str, Any] = {"num_attention_heads": number, "attention_head_dim": size}
         played, theirs = told["action_modules"], config.get("action_modules")
         if played and isinstance(theirs, Mapping):  # how a head's channels divide among time, rows and columns
             rope = theirs.get("rope_dim_list")
@@ -225,7 +227,9 @@ def config_from_shapes(weights: Mapping[str, Tensor], source: str | Path = "this
         needed = needed[:-1]  # it reads a picture, and no words
     absent = [name for name in needed if name not in weights]
     if absent:
-        raise ValueError(f"the weights are not those of a whole transformer: {', '.join(absent)} are missing")
+        raise ValueError(
+            f"the weights in {source} are not those of a whole transformer: {', '.join(absent)} are missing"
+        )
     need_ranks(weights, {name: 5 if name == needed[0] else 2 for name in needed}, source)
     patch, shape = weights[needed[0]], {name: tuple(weights[name].shape) for name in needed}
     dim, channels, *size = patch.shape
