@@ -5,8 +5,9 @@ See `wan_vae` for the idea.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
@@ -217,19 +218,36 @@ def statistics(vae: AutoencoderKLWan) -> tuple[tuple[float, ...], tuple[float, .
     """Mean and deviation of each latent channel.
 
     Raises:
-        ValueError: the config does not say, or not for as many channels as there are: pictures would turn to snow.
+        ValueError: the config does not say, or not in finite numbers, one for each channel: pictures would turn to
+            snow.
     """
     z, found = vae.config["z_dim"], []
     for name in ("latents_mean", "latents_std"):
-        values = vae.config.get(name)
-        if values is None or len(values) != z or (name == "latents_std" and min(values) <= 0):
-            seen = "nothing" if values is None else f"{len(values)} values"
+        values: Any = vae.config.get(name)
+        wrong = _wrong(values, z, positive=name == "latents_std")
+        if wrong:
             raise ValueError(
-                f"the autoencoder's config needs {name} with {z} values, one per latent channel, and has {seen}; "
+                f"the autoencoder's config needs {name} with {z} values, one per latent channel, and has {wrong}; "
                 "take them from the config.json that belongs to these weights"
             )
         found.append(tuple(map(float, values)))
     return found[0], found[1]
+
+
+def _wrong(values: Any, number: int, *, positive: bool) -> str:
+    """What is wrong with the statistics of `number` channels; "" if they are fine."""
+    if values is None:
+        return "nothing"
+    if not isinstance(values, (list, tuple)):
+        return f"a {type(values).__name__}"
+    if len(values) != number:
+        return f"{len(values)} values"
+    for channel, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return f"{value!r}, which is no finite number, for channel {channel}"
+        if positive and value <= 0:
+            return f"{value!r}, which is not above 0, for channel {channel}"
+    return ""
 
 
 def keeps_frames(name: str, module: nn.Module) -> bool:

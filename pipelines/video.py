@@ -87,7 +87,7 @@ class VideoPipeline(ManneredStreamer):
         self.register_modules(image_encoder=image_encoder)
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
         self.preset = find_preset(preset)
-        check_parts(transformer, vae, text_encoder)
+        check_parts(transformer, vae, text_encoder, decoder)
         apply_preset(self.preset, transformer, text_encoder)
         self._arena = self._still = self._beside = self._caller = None
         self.overlap = False  # decode a chunk while the next is drawn: see `video_ahead`

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from ..models.checkpoints import load_text_encoder, load_transformer, load_vae
-from ..models.checkpoints.files import read_weights
-from ..models.checkpoints.load import fill
+from ..models.checkpoints.files import INDEX, named_tensors, read_index, read_json, read_weights
+from ..models.checkpoints.load import fill, need_ranks
 from ..models.tiny_vae import TinyVideoDecoder
 from ..models.transformer import CausalTransformer3DModel
 from .recipes import RECIPES, Recipe, find_recipe
@@ -62,7 +61,10 @@ def load_components(
     found = find_parts(folder)
     config = read_json(folder / "transformer" / "config.json")
     how: dict[str, Any] = {"torch_dtype": torch_dtype, "headers_only": headers_only}
-    transformer = load_transformer(checkpoint or need(found, "transformer", folder), config=config, lora=lora, **how)
+    if checkpoint is None:
+        transformer = load_transformer(need(found, "transformer", folder), config=config, lora=lora, **how)
+    else:  # the folder may hold a model of another size
+        transformer = load_transformer(checkpoint, family=config, lora=lora, **how)
     vae = load_vae(need(found, "vae", folder), **how)
     reads = "text_encoder" in found
     sees = "image_encoder" in found and not headers_only
@@ -94,11 +96,12 @@ def load_tiny_decoder(
 ) -> TinyVideoDecoder:
     """A tiny decoder from TAEHV's weights, or from a folder. Errors as of `load_transformer`."""
     stored = read_weights(source, headers_only=headers_only)
-    stored = {name: value for name, value in stored.items() if name.startswith("decoder.")}
+    stored = {name: value for name, value in named_tensors(stored, source).items() if name.startswith("decoder.")}
     if "decoder.1.weight" not in stored or "decoder.22.weight" not in stored:
         raise ValueError(f"{source} holds no TAEHV decoder: decoder.1.weight and decoder.22.weight are not in it")
-    layers = [stored.get(f"decoder.{layer}.weight") for layer in (1, 8, 14, 20)]
-    widths = [weight.shape[0] for weight in layers if weight is not None]
+    layers = [f"decoder.{layer}.weight" for layer in (1, 8, 14, 20)]
+    need_ranks(stored, dict.fromkeys([*layers, "decoder.22.weight"], 4), source)
+    widths = [stored[name].shape[0] for name in layers]
     patch = round((stored["decoder.22.weight"].shape[0] / 3) ** 0.5)
     with torch.device("meta"):
         decoder: Any = TinyVideoDecoder(stored["decoder.1.weight"].shape[1], patch, widths)
@@ -111,8 +114,11 @@ def find_parts(folder: Path) -> dict[str, Path]:
     found = {part: folder / part for part in PARTS if (folder / part).is_dir()}
     if "vae" in found or "transformer" in found:
         return found
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".safetensors")):
-        names = read_weights(file, headers_only=True)
+    listed = {index: read_index(index) for index in sorted(folder.glob(INDEX))}
+    shards = {name for places in listed.values() for name in places.values()}
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".pth", ".pt", ".safetensors"))
+    for file in [*listed, *(path for path in files if path.name not in shards)]:
+        names = listed[file] if file in listed else read_weights(file, headers_only=True)
         for part, name in RELEASED.items():
             if part not in found and name in names:
                 found[part] = file
@@ -128,17 +134,16 @@ def need(found: dict[str, Path], part: str, folder: Path) -> Path:
     return found[part]
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def saved_settings(folder: Path) -> dict[str, Any]:
     """What `VideoPipeline.save_pretrained` wrote beside the parts."""
     return read_json(folder / "model_index.json") or {}
 
 
 def check_parts(
-    transformer: CausalTransformer3DModel, vae: AutoencoderKLWan, text_encoder: UMT5EncoderModel | None
+    transformer: CausalTransformer3DModel,
+    vae: AutoencoderKLWan,
+    text_encoder: UMT5EncoderModel | None,
+    decoder: TinyVideoDecoder | None = None,
 ) -> None:
     """ValueError if the parts do not fit together."""
     config, channels = transformer.config, vae.config["z_dim"]
@@ -154,3 +159,12 @@ def check_parts(
             f"the transformer reads prompts {config['text_dim']} wide, the text encoder writes them "
             f"{text_encoder.config.d_model} wide"
         )
+    if decoder is not None:
+        seen = (decoder.config["latent_channels"], decoder.pixels)
+        wanted = (channels, vae.config["scale_factor_spatial"])
+        if seen != wanted:
+            raise ValueError(
+                f"the tiny decoder reads latents of {seen[0]} channels and {seen[1]} pixels each way, the autoencoder "
+                f"makes them of {wanted[0]} channels and {wanted[1]} pixels: give a decoder of this autoencoder's "
+                "family, or leave decoder= out"
+            )

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .files import read_weights
-from .lora import is_lora, lora_pairs
+from .files import named_tensors, read_weights
+from .lora import is_lora, lora_pairs, lora_settings
 from .names import transformer_name, unwrapped
 
 Dialect = Literal["diffusers", "original", "self_forcing", "causvid", "streamdiffusion_v2", "krea", "lora"]
@@ -59,12 +59,13 @@ def open_checkpoint(source: str | Path, *, ema: bool = True, headers_only: bool 
 
 def recognised(stored: Mapping[str, Any], source: str | Path, *, ema: bool = True) -> Checkpoint:
     """The checkpoint in what `read_weights` read."""
-    inside, way = _unnested(stored, ema)
-    plain = {unwrapped(name): value for name, value in inside.items() if isinstance(value, Tensor)}
-    if len(plain) < sum(isinstance(value, Tensor) for value in inside.values()):
+    nested, way = _unnested(stored, ema)
+    inside = named_tensors(nested, source)
+    plain = {unwrapped(name): value for name, value in inside.items()}
+    if len(plain) < len(inside):
         raise ValueError(f"{source} holds several models under one set of names; name the file of one of them")
     if is_lora(plain):
-        return Checkpoint("lora", lora_pairs(plain))
+        return Checkpoint("lora", lora_pairs(plain, lora_settings(source)))
     if any(".attn1.to_q.weight" in name for name in plain):
         return Checkpoint("diffusers", plain)
     if not any(".self_attn.q.weight" in name for name in plain):
@@ -78,8 +79,9 @@ def recognised(stored: Mapping[str, Any], source: str | Path, *, ema: bool = Tru
 
 def _unnested(stored: Mapping[str, Any], ema: bool) -> tuple[Mapping[str, Any], str]:
     """The innermost dictionary of tensors, and the name it stood under ("" where it is the file itself)."""
-    way = ""
-    while not any(isinstance(value, Tensor) for value in stored.values()):
+    way, passed = "", set()
+    while not any(isinstance(value, Tensor) for value in stored.values()) and id(stored) not in passed:
+        passed.add(id(stored))
         nests = [name for name in NESTS if isinstance(stored.get(name), Mapping)]
         if not ema and "generator" in nests:
             nests = ["generator"]
@@ -89,7 +91,7 @@ def _unnested(stored: Mapping[str, Any], ema: bool) -> tuple[Mapping[str, Any], 
     return stored, way
 
 
-def _dialect(stored: Mapping[str, Any], way: str, inside: Mapping[str, Any]) -> Dialect:
+def _dialect(stored: Mapping[str, Any], way: str, inside: Mapping[str, Tensor]) -> Dialect:
     if "generator_ema" in stored:
         return "self_forcing"
     if "generator" in stored:

@@ -55,7 +55,7 @@ def load_token_codec(
         FileNotFoundError: there are no such files.
         ValueError: damaged, unsafe or foreign files; weights that do not fit, with what is missing and unexpected.
     """
-    stored = {unwrapped(name): value for name, value in flat(read_weights(source)).items()}
+    stored = {unwrapped(name): value for name, value in flat(read_weights(source), source).items()}
     llamagen = "encoder.conv_blocks.0.res.0.conv1.weight" in stored
     if not llamagen and "encoder.down.0.block.0.conv1.weight" not in stored:
         raise ValueError(f"{source} holds no codec of LlamaGen or VAR, but {', '.join(list(stored)[:LISTED])}")

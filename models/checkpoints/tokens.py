@@ -87,7 +87,8 @@ def load_token_transformer(
         FileNotFoundError: there are no such files.
         ValueError: damaged, unsafe or foreign files; weights that do not fit, with what is missing and unexpected.
     """
-    stored = {unwrapped(name): value for name, value in flat(read_weights(source, headers_only=headers_only)).items()}
+    stored = flat(read_weights(source, headers_only=headers_only), source)
+    stored = {unwrapped(name): value for name, value in stored.items()}
     dialect = token_dialect(stored, source)
     try:
         settings, weights = DIALECTS[dialect](stored)

@@ -203,6 +203,31 @@ def test_an_autoencoder_without_its_statistics_is_refused(changes):
         WanDecoder(vae)
 
 
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        (
+            {"latents_mean": [0.0, float("nan"), 0.0, 0.0]},
+            "latents_mean .* has nan, which is no finite number, for channel 1",
+        ),
+        (
+            {"latents_std": [1.0, 1.0, float("inf"), 1.0]},
+            "latents_std .* has inf, which is no finite number, for channel 2",
+        ),
+        ({"latents_std": [1.0, 1.0, 1.0, -1.0]}, "latents_std .* has -1.0, which is not above 0, for channel 3"),
+        ({"latents_std": [1.0] * 3}, "latents_std .* has 3 values"),
+        ({"latents_mean": ["a"] * 4}, "latents_mean .* has 'a', which is no finite number, for channel 0"),
+        ({"latents_mean": 0.5}, "latents_mean .* has a float"),
+        ({"latents_std": "abcd"}, "latents_std .* has a str"),
+    ],
+)
+def test_statistics_that_are_wrong_are_told(changes, wrong):
+    vae = make("2.1")
+    vae.register_to_config(**changes)
+    with pytest.raises(ValueError, match=f"needs {wrong}"):
+        WanDecoder(vae)
+
+
 def test_the_cache_at_full_size_is_as_large_as_published():
     with torch.device("meta"):
         vae = AutoencoderKLWan()

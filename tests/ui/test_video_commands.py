@@ -64,7 +64,7 @@ def test_info_tells_what_every_preset_takes(folder, capsys):
 def test_info_says_what_is_missing(folder, capsys, tmp_path):
     torch.save({"blocks.0.attn1.to_q.weight": torch.zeros(2, 2)}, tmp_path / "model.pt")
     assert cli.main(["info", "--model", str(folder), "--checkpoint", str(tmp_path / "model.pt")]) == 2
-    assert "do not fit this model" in capsys.readouterr().err
+    assert "are not those of a whole transformer: patch_embedding.weight" in capsys.readouterr().err
     assert cli.main(["info", "--model", str(tmp_path / "nowhere")]) == 2
     assert "there is no folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):

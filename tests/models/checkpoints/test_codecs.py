@@ -83,6 +83,46 @@ def test_text_encoders_read_the_same(form, text_encoder, original_text, tmp_path
     torch.testing.assert_close(loaded(words).last_hidden_state, text_encoder(words).last_hidden_state)
 
 
+def test_the_config_of_another_model_beside_is_not_believed(vae, text_encoder, original_vae, original_text, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t2v", "dim": 256, "num_heads": 2}))
+    torch.save(original_vae(vae), tmp_path / "vae.pth")
+    torch.save(original_text(text_encoder), tmp_path / "umt5.pth")
+    assert load_vae(tmp_path / "vae.pth").config["base_dim"] == 4
+    assert load_text_encoder(tmp_path / "umt5.pth").config.d_model == 24
+
+
+@pytest.mark.parametrize("load", [load_vae, load_text_encoder])
+def test_names_that_are_no_text_are_refused(load, tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth is no checkpoint: 0 is not the name of a tensor"):
+        load(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("token_embedding.weight", torch.zeros(3), r"shared.weight \(3,\) is not of 2 dimensions"),
+        ("blocks.0.ffn.gate.0.weight", None, r"DenseReluDense.wi_0.weight is missing"),
+    ],
+)
+def test_a_text_encoder_of_strange_tensors_is_refused(name, value, message, text_encoder, original_text, tmp_path):
+    names = original_text(text_encoder) | {name: value}
+    torch.save({name: value for name, value in names.items() if value is not None}, tmp_path / "umt5.pth")
+    with pytest.raises(ValueError, match=message):
+        load_text_encoder(tmp_path / "umt5.pth")
+
+
+def test_an_autoencoder_of_strange_tensors_or_settings_is_refused(vae, original_vae, tmp_path):
+    torch.save(original_vae(vae) | {"decoder.conv1.weight": torch.tensor(1.0)}, tmp_path / "vae.pth")
+    with pytest.raises(ValueError, match=r"decoder.conv1.weight \(\) is not of 5 dimensions"):
+        load_vae(tmp_path / "vae.pth")
+    vae.save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"z_dim": None}))
+    with pytest.raises(ValueError, match=r"the config of .* makes no model"):
+        load_vae(tmp_path / "vae")
+
+
 def test_a_text_encoder_with_a_hole_is_refused(text_encoder, original_text, tmp_path):
     names = original_text(text_encoder)
     del names["blocks.1.ffn.fc1.weight"]

@@ -159,13 +159,72 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(transformer, tmp_
         (b"<!DOCTYPE html>", "neither a safetensors nor a PyTorch file"),
         (b"", "neither a safetensors nor a PyTorch file"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{broken header!!", "damaged or was cut short"),
-        (b"PK\x03\x04 and no more", "damaged or was cut short"),
+        (b"PK\x03\x04 and no more", "damaged or no checkpoint"),
+        (b"\x80\x02}q\x01(U", "damaged or no checkpoint"),
+        (b"\x80\x02h\x07.", "damaged or no checkpoint"),
     ],
 )
 def test_files_that_are_no_weights_are_refused(content, message, tmp_path):
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_transformer(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: torch.zeros(1)}, r"model.pt is no checkpoint: 0 is not the name of a tensor"),
+        ({"patch_embedding.weight": torch.tensor(1.0)}, r"patch_embedding.weight \(\) is not of 5 dimensions"),
+        ({"time_embedding.0.weight": torch.zeros(3)}, r"linear_1.weight \(3,\) is not of 2 dimensions"),
+        ({"blocks.x.foo": torch.zeros(3)}, r"1 unexpected: blocks.x.foo"),
+        ({"blocks.999999999.foo": torch.zeros(3)}, r"name layer 999999999 of blocks, and are only \d+"),
+        ({"head.head.bias": torch.zeros(64, dtype=torch.int8)}, r"proj_out.bias is torch.strided torch.int8"),
+        ({"head.head.bias": torch.zeros(64).to_sparse()}, r"proj_out.bias is torch.sparse_coo"),
+        ({"blocks.0.action_model.t_qkv.weight": torch.zeros(3)}, r"blocks.0.action_model are not whole"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_strange_tensors_are_refused(changes, message, transformer, original, tmp_path):
+    torch.save({**original(transformer.state_dict()), **changes}, tmp_path / "model.pt")
+    for headers_only in (False, True):
+        with pytest.raises(ValueError, match=message):
+            load_transformer(tmp_path / "model.pt", headers_only=headers_only)
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path):
+    within: dict = {}
+    within["model"] = within
+    torch.save(within, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="holds no Wan transformer"):
+        load_transformer(tmp_path / "model.pt")
+
+
+def test_numbers_of_an_unknown_kind_are_refused(tmp_path):
+    header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(ValueError, match=r"model.safetensors has numbers of an unknown kind: F4"):
+        load_transformer(tmp_path / "model.safetensors", headers_only=True)
+
+
+@pytest.mark.parametrize("text", ["{broken", "[" * 200_000, "[1]", "\udcff"])
+def test_damaged_json_is_refused_by_its_name(text, transformer, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    torch.save(transformer.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"config.json (is damaged|holds a list, not settings by name)"):
+        load_transformer(tmp_path / "model.pt")
+
+
+def test_a_config_beside_is_believed_where_shapes_say_nothing(transformer, original, draw, tmp_path):
+    """And only if it is as wide: the folder may be another model's."""
+    torch.save(original(transformer.state_dict()), tmp_path / "model.pt")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 9, "eps": 1e-3}))
+    config = load_transformer(tmp_path / "model.pt").config
+    assert (config["num_attention_heads"], config["num_layers"], config["eps"]) == (4, 2, 1e-3)
+    path.write_text(json.dumps({"num_attention_heads": 4, "attention_head_dim": 128, "num_layers": 9, "eps": 1e-3}))
+    assert torch.equal(draw(load_transformer(tmp_path / "model.pt")), draw(transformer))
+    path.write_text(json.dumps({"dim": 1536, "num_heads": 12, "ffn_dim": 8960, "in_dim": 16, "num_layers": 30}))
+    assert torch.equal(draw(load_transformer(tmp_path / "model.pt")), draw(transformer))
 
 
 def test_what_is_no_transformer_is_told_by_its_names(vae, tmp_path):
