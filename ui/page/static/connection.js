@@ -72,7 +72,7 @@ export class Connection extends EventTarget {
   }
 
   sendBinary(data) {
-    if (this.isOpen) this.socket.send(data);
+    if (this.isOpen && this.socket.readyState === WebSocket.OPEN) this.socket.send(data);
   }
 
   /** Send and wait for the server's answer; rejects with its refusal, or when the socket is lost. */
