@@ -20,13 +20,12 @@ from ..samplers.guidance import Residual, combine
 from ..streaming import ImageControl
 from .live_lanes import Lane
 from .live_levels import Levels, read_levels
-from .live_networks import Condition, check_codec, network_of
+from .live_networks import Told, check_codec, network_of
 from .live_state import DrawnFrom, LiveFrame
 
 PROMPTS_KEPT = 16
 LEVELS_KEPT = 64
 Prompt = tuple[str, str | None, float]
-Told = tuple[Condition, Condition | None]
 COMPILED = ("default", "max-autotune-no-cudagraphs")  # the other modes record graphs of their own
 Follow = Literal["plainly", "residual", "pair", "initialize"]
 ASKED_TWICE = ("pair", "initialize")

@@ -17,6 +17,7 @@ from torch import Tensor
 from .live_text_keys import TextKeys
 
 Condition = tuple[Tensor, ...]
+Told = tuple[Condition, Condition | None]  # positive and, for networks that are asked twice, negative
 
 
 class LiveNetwork:
@@ -66,7 +67,7 @@ class LiveNetwork:
         """What a picture is to the network, for schedules that depend on it."""
         return (self.size[0] // 16) * (self.size[1] // 16)
 
-    def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
+    def read(self, prompt: str, negative: str | None, guidance: float) -> Told:
         """The conditions of a prompt and, if it is not None, of the negative one."""
         raise NotImplementedError
 
@@ -109,7 +110,7 @@ class UNet(LiveNetwork):
     def guidance(self) -> float:
         return 8.5 if self.reads_guidance else 1.0
 
-    def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
+    def read(self, prompt: str, negative: str | None, guidance: float) -> Told:
         text, silence = self.pipe.encode_prompt(prompt, self.device, 1, negative is not None, negative)
         told = self._told(guidance)
         return (self._kept(text), *told), None if negative is None else (self._kept(silence), *told)
@@ -128,7 +129,7 @@ class UNet(LiveNetwork):
 class LargeUNet(UNet):
     """SDXL, its Turbo and LCM versions."""
 
-    def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
+    def read(self, prompt: str, negative: str | None, guidance: float) -> Told:
         device, told = self.device, self._told(guidance)
         text, silence, pooled, pooled_silence = self.pipe.encode_prompt(
             prompt,
@@ -169,7 +170,7 @@ class Flux(LiveNetwork):
     def guidance(self) -> float:
         return 3.5 if self.reads_guidance else 1.0
 
-    def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
+    def read(self, prompt: str, negative: str | None, guidance: float) -> Told:
         def one(words: str) -> Condition:
             text, pooled, _ = self.pipe.encode_prompt(words, None, device=self.device)
             return text, pooled, self._scale(guidance)
@@ -203,7 +204,7 @@ class StableDiffusion3(LiveNetwork):
 
     patch = 2
 
-    def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
+    def read(self, prompt: str, negative: str | None, guidance: float) -> Told:
         text, silence, pooled, pooled_silence = self.pipe.encode_prompt(
             prompt,
             None,
@@ -236,7 +237,7 @@ class SanaSprint(LiveNetwork):
     def guidance(self) -> float:
         return 4.5
 
-    def read(self, prompt: str, negative: str | None, guidance: float) -> tuple[Condition, Condition | None]:
+    def read(self, prompt: str, negative: str | None, guidance: float) -> Told:
         # What the plain call puts before every prompt.
         advice = inspect.signature(type(self.pipe).__call__).parameters["complex_human_instruction"].default
 

@@ -16,7 +16,7 @@ from ..streaming.snapshot import control_fields
 from ..streaming.types import Leaves
 from .live_lanes import Arriving
 from .live_levels import Levels
-from .live_networks import Condition
+from .live_networks import Told
 
 DrawnFrom = Literal["picture", "words"]
 FRAME = "flight"
@@ -32,7 +32,7 @@ class LiveFrame:
     control: ImageControl
     levels: Levels
     time: float
-    told: tuple[Condition, Condition | None]  # what the network is told: positive and, for passes of it, negative
+    told: Told
     drawn_from: DrawnFrom = "picture"
     step: int = 0
     ready: torch.cuda.Event | None = None  # after which another lane may read the latents
@@ -53,7 +53,7 @@ class LiveImageState:
     inputs: int = 0
     skipped: int = 0
     wish: str = ""
-    told: tuple[Hashable, tuple[Condition, Condition | None]] | None = None  # the last prompt that was read, and so on
+    told: tuple[Hashable, Told] | None = None  # the last prompt that was read, and so on
     seen: Tensor | None = None
     picture: Tensor | None = None
     flying: list[LiveFrame] = field(default_factory=list)
