@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -57,11 +57,18 @@ class Timeline:
         """What a stream begins with."""
         return self.cues[0].prompt
 
-    def steer(self, session: Session[Any, VideoControl], seconds: float, since: float = 0.0) -> None:
-        """Let `session`, whose next chunk begins at `seconds`, follow the cues after `since` that are due by then."""
-        for cue in self.cues:
-            if since < cue.at <= seconds:
-                session.steer(prompt=cue.prompt, switch=cue.switch)
+    def follow(self, session: Session[Any, VideoControl]) -> Callable[[float], None]:
+        """What steers `session`: called with the seconds at which its next chunk begins, for the cues due since."""
+        since = 0.0
+
+        def steer(seconds: float) -> None:
+            nonlocal since
+            for cue in self.cues:
+                if since < cue.at <= seconds:
+                    session.steer(prompt=cue.prompt, switch=cue.switch)
+            since = seconds
+
+        return steer
 
     @staticmethod
     def of(cues: Iterable[dict[str, Any]]) -> Timeline:

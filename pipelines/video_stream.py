@@ -246,11 +246,10 @@ class VideoStreamer(VideoDrawer):
 
         Yields what each step gives, perhaps nothing.
         """
-        begun, since = 0, 0.0
+        begun, follow = 0, None if timeline is None else timeline.follow(session)
         while begun < num_frames:
-            if timeline is not None:
-                timeline.steer(session, begun / self.rate, since)
-                since = begun / self.rate
+            if follow is not None:
+                follow(begun / self.rate)
             picture = None if media is None else next(media, None)
             if media is not None and picture is None:
                 break

@@ -266,13 +266,12 @@ def redraw(
     from ..streaming import Frame, fit
     from .live import at_rate, redrawn
 
+    follow = None if timeline is None else timeline.follow(session)
+
     def frames() -> Iterator[Frame]:
-        since = 0.0
         for number, picture in enumerate(islice(at_rate(video, video.rate, pipe.rate), total)):
-            if timeline is not None:
-                begun = 0 if session.state is None else pipe.begun(session.state)
-                timeline.steer(session, begun / pipe.rate, since)
-                since = begun / pipe.rate
+            if follow is not None:
+                follow((0 if session.state is None else pipe.begun(session.state)) / pipe.rate)
             yield Frame(fit(picture, pipe.size), number / pipe.rate)
 
     try:
