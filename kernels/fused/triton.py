@@ -136,6 +136,22 @@ def _gate_residual_kernel(
 
 
 @triton.jit
+def _part(x, at, width: tl.constexpr, activated: tl.constexpr):
+    """Some columns of a row, or their GELU by tanh, which is a sigmoid of twice its argument; zeros past the row."""
+    value = tl.load(x + at, mask=at < width, other=0.0).to(tl.float32)
+    if activated:
+        value *= tl.sigmoid(1.5957691216057308 * value * (1.0 + 0.044715 * value * value))
+    return value
+
+
+@triton.jit
+def _put(values, at, value, width: tl.constexpr, whole: tl.constexpr):
+    if whole:
+        value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no bits after the point, ties go to even
+    tl.store(values + at, value.to(values.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
 def _quantize_kernel(
     x,
     values,
@@ -146,23 +162,36 @@ def _quantize_kernel(
     largest: tl.constexpr,
     whole: tl.constexpr,
     activated: tl.constexpr,
-    columns: tl.constexpr,
+    head: tl.constexpr,
+    tail: tl.constexpr,
 ):
+    # Widths are seldom powers of two: a row is a wide part and, unless it is done, a narrower one.
     token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, columns)
-    value = tl.load(x + token * x_token + at, mask=at < width, other=0.0).to(tl.float32)
-    if activated:  # GELU by tanh, which is a sigmoid of twice its argument
-        value *= tl.sigmoid(1.5957691216057308 * value * (1.0 + 0.044715 * value * value))
-    most = tl.maximum(tl.max(tl.abs(value), axis=0), smallest)
-    value *= tl.div_rn(largest, most)
-    if whole:
-        value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no bits after the point, ties go to even
-    tl.store(values + token * width + at, value.to(values.dtype.element_ty), mask=at < width)
+    x += token * x_token
+    values += token * width
+    first = _part(x, tl.arange(0, head), width, activated)
+    most = tl.maximum(tl.max(tl.abs(first), axis=0), smallest)
+    if tail:
+        last = _part(x, head + tl.arange(0, tail), width, activated)
+        most = tl.maximum(most, tl.max(tl.abs(last), axis=0))
+    factor = tl.div_rn(largest, most)
+    _put(values, tl.arange(0, head), first * factor, width, whole)
+    if tail:
+        _put(values, head + tl.arange(0, tail), last * factor, width, whole)  # pyright: ignore[reportPossiblyUnboundVariable]
     tl.store(scales + token, tl.div_rn(most, largest))
 
 
 def _warps(columns: int) -> int:
     return min(8, max(1, columns // 512))
+
+
+def _two_parts(width: int) -> tuple[int, int]:
+    """Two powers of two that hold a row with the fewest lanes to spare; the second 0 where one does."""
+    head = triton.next_power_of_2(width)
+    if head == width:
+        return head, 0
+    tail = triton.next_power_of_2(width - head // 2)
+    return (head // 2, tail) if tail < head // 2 else (head, 0)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -231,10 +260,10 @@ def quantize_rows_triton(x: Tensor, dtype: torch.dtype, gelu: bool = False) -> t
     flat = _rows(x.reshape(-1, width))
     values = x.new_empty(x.shape, dtype=dtype)
     scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    columns = triton.next_power_of_2(width)
+    head, tail = _two_parts(width)
     with torch.cuda.device_of(x):
         _quantize_kernel[(flat.shape[0],)](
             flat, values, scales, flat.stride(0), SMALLEST, width, LARGEST[dtype], dtype == torch.int8, gelu,
-            columns, num_warps=_warps(columns), enable_fp_fusion=False,
+            head, tail, num_warps=_warps(head), enable_fp_fusion=False,
         )  # fmt: skip
     return values, scales
