@@ -56,6 +56,8 @@ class CudaReplay:
     """A step as a CUDA graph.
 
     Recording does not run the step. It must have run before, so that kernels are compiled and libraries are awake.
+    Other threads may use the device meanwhile, but not PyTorch's own generator of random numbers on it, which refuses
+    to draw while anything is recorded: give `torch.rand` and the like a generator.
 
     Args:
         step: a function of tensors without reads on the host.
