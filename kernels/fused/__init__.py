@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import operators, reference
-from .reference import LARGEST
+from .reference import LARGEST, to_float8
 
 __all__ = [
     "Quantized",
@@ -18,6 +18,7 @@ __all__ = [
     "norm_rotary",
     "quantize_rows",
     "quantized_linear",
+    "to_float8",
 ]
 
 
@@ -37,6 +38,7 @@ def norm_rotary(
     heads: int,
     eps: float = 1e-6,
     permutation: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Queries or keys ready for attention: RMSNorm over all heads together, then Wan's rotary embedding.
 
@@ -47,9 +49,10 @@ def norm_rotary(
         eps: added to the mean square.
         permutation: int64 or int32 [L], the order in which tokens are written: `out[:, i]` is token `permutation[i]`,
             at its own position. For plans that sort tokens into tiles, at no extra cost.
+        dtype: of the result, None for `x`'s. float8_e4m3fn holds what lies beyond 448 as 448, and gives no gradient.
 
     Returns:
-        [B, L, heads, D] in `x`'s dtype, contiguous.
+        [B, L, heads, D], contiguous.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -69,7 +72,7 @@ def norm_rotary(
     if permutation is not None and permutation.shape != x.shape[1:2]:
         raise ValueError(f"permutation must name every token once, [L] = [{x.shape[1]}], got {list(permutation.shape)}")
     run = _choose(operators.norm_rotary, reference.norm_rotary_reference, x, weight, cos, sin)
-    return run(x, weight, cos, sin, heads, eps, permutation)
+    return run(x, weight, cos, sin, heads, eps, permutation, dtype or x.dtype)
 
 
 def norm_modulate(

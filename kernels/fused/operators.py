@@ -13,29 +13,44 @@ CAPABILITY = {torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}
 
 
 def runs_in(dtype: torch.dtype, x: Tensor) -> bool:
-    return runs_triton(x, what=f"the {str(dtype)[6:]} Triton kernel", capability=CAPABILITY[dtype])
+    return runs_triton(x, what=f"the {str(dtype)[6:]} Triton kernel", capability=CAPABILITY.get(dtype, (8, 0)))
 
 
 @torch.library.custom_op(
     "millstream::norm_rotary",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, int heads, float eps, Tensor? permutation) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, int heads, float eps, Tensor? permutation, "
+    "ScalarType dtype) -> Tensor",
 )
 def norm_rotary(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    permutation: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    if not runs_triton(x):
-        return reference.norm_rotary_reference(x, weight, cos, sin, heads, eps, permutation).contiguous()
+    if not (runs_triton(x) if dtype == x.dtype else runs_in(dtype, x)):
+        return reference.norm_rotary_reference(x, weight, cos, sin, heads, eps, permutation, dtype).contiguous()
     from .triton import norm_rotary_triton
 
-    return norm_rotary_triton(x, weight, cos, sin, heads, eps, permutation)
+    return norm_rotary_triton(x, weight, cos, sin, heads, eps, permutation, dtype)
 
 
 @norm_rotary.register_fake
 def _(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    permutation: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], heads, x.shape[2] // heads))
+    return x.new_empty((x.shape[0], x.shape[1], heads, x.shape[2] // heads), dtype=dtype)
 
 
 @torch.library.custom_op(

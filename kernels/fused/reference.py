@@ -18,13 +18,28 @@ SMALLEST = 1e-12  # stands in for the largest magnitude of a row of zeros
 
 
 def norm_rotary_reference(
-    x_BLW: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+    x_BLW: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    permutation: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """RMSNorm over all heads together, rotation of pairs of channels, then tokens in another order: [B, L, H, D]."""
     x = _wide(x_BLW)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
     out = apply_rotary_reference(x.unflatten(-1, (heads, -1)), cos, sin)
-    return (out if permutation is None else out.index_select(1, permutation)).to(x_BLW.dtype)
+    out = out if permutation is None else out.index_select(1, permutation)
+    return to_float8(out) if dtype == torch.float8_e4m3fn else out.to(dtype)
+
+
+def to_float8(x: Tensor) -> Tensor:
+    """x as float8_e4m3fn, what lies beyond its ends at 448 instead of NaN; as it is if it is float8."""
+    if x.dtype == torch.float8_e4m3fn:
+        return x
+    return x.clamp(-LARGEST[torch.float8_e4m3fn], LARGEST[torch.float8_e4m3fn]).to(torch.float8_e4m3fn)
 
 
 def norm_modulate_reference(

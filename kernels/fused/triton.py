@@ -30,6 +30,7 @@ def _norm_rotary_kernel(
     width: tl.constexpr,
     half: tl.constexpr,
     permuted: tl.constexpr,
+    narrow: tl.constexpr,
     pairs: tl.constexpr,
 ):
     to, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -51,6 +52,8 @@ def _norm_rotary_kernel(
         c = tl.load(cos + tl.arange(0, half))[None, :]
         s = tl.load(sin + tl.arange(0, half))[None, :]
     turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (2 * pairs,))
+    if narrow:
+        turned = tl.minimum(tl.maximum(turned, -448.0), 448.0)
     tl.store(out + (row * tokens + to) * width + at, turned.to(out.dtype.element_ty), mask=inside)
 
 
@@ -204,11 +207,18 @@ def _row_stride(x: Tensor) -> int:
 
 
 def norm_rotary_triton(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, permutation: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    permutation: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`reference.norm_rotary_reference` without its intermediate results."""
     rows, tokens, width = x.shape
-    out = x.new_empty((rows, tokens, heads, width // heads))
+    out = x.new_empty((rows, tokens, heads, width // heads), dtype=dtype)
     x, (cos, sin) = _rows(x), (part.float().contiguous() for part in (cos, sin))
     row_stride = 0 if cos.ndim == 2 or cos.shape[0] == 1 else cos.stride(0)
     token_stride = 0 if cos.shape[-2] == 1 else cos.stride(-2)
@@ -217,7 +227,8 @@ def norm_rotary_triton(
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever its tensors are
         _norm_rotary_kernel[(tokens, rows)](
             x, weight.contiguous(), cos, sin, order, out, x.stride(0), x.stride(1), row_stride, token_stride, tokens,
-            eps, width, width // heads // 2, permutation is not None, pairs, num_warps=_warps(2 * pairs),
+            eps, width, width // heads // 2, permutation is not None, dtype == torch.float8_e4m3fn, pairs,
+            num_warps=_warps(2 * pairs),
         )  # fmt: skip
     return out
 

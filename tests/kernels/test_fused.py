@@ -37,6 +37,15 @@ def test_norm_rotary_is_the_norm_then_the_rotation(dtype):
     torch.testing.assert_close(seen.double(), expected, atol=4 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)
 
 
+def test_norm_rotary_in_float8_ends_where_its_numbers_end():
+    x, weight = draw(0, 2, 6, 48), 300 * draw(1, 48)
+    cos, sin = rotary_angles(torch.arange(6), 1, 1, 12)
+    wide = norm_rotary(x, weight, cos, sin, heads=4)
+    seen = norm_rotary(x, weight, cos, sin, heads=4, dtype=torch.float8_e4m3fn)
+    assert wide.abs().max() > 448 and seen.dtype == torch.float8_e4m3fn
+    assert torch.equal(seen.float(), wide.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
 def test_norm_rotary_writes_tokens_in_another_order_each_at_its_own_position():
     x, weight = draw(0, 2, 30, 48), draw(1, 48)
     cos, sin = rotary_angles(torch.arange(5), 2, 3, 12)
@@ -131,8 +140,8 @@ def test_the_operators_pass_pytorchs_own_checks():
     ops, x = torch.ops.millstream, draw(0, 2, 6, 16)
     cos, sin = rotary_angles(torch.arange(6), 1, 1, 8)
     group = draw(1, 2, 3, 16)
-    torch.library.opcheck(ops.norm_rotary, (x, draw(1, 16), cos, sin, 2, 1e-6, None))
-    torch.library.opcheck(ops.norm_rotary, (x, draw(1, 16), cos, sin, 2, 1e-6, torch.randperm(6)))
+    torch.library.opcheck(ops.norm_rotary, (x, draw(1, 16), cos, sin, 2, 1e-6, None, torch.float32))
+    torch.library.opcheck(ops.norm_rotary, (x, draw(1, 16), cos, sin, 2, 1e-6, torch.randperm(6), torch.bfloat16))
     torch.library.opcheck(ops.norm_modulate, (x, group, group, None, None, 1e-6))
     torch.library.opcheck(ops.gate_residual, (x, x, group))
     torch.library.opcheck(ops.gate_norm, (x, x, group, group, group, None, None, 1e-6))
@@ -200,7 +209,15 @@ for heads, dim in ((1, 16), (3, 12), (2, 40)):
     for turn in ((cos, sin), each, (cos[:1], sin[:1])):
         for order in (None, torch.tensor([3, 1, 5, 0, 2, 4])):
             arguments = x, draw(heads * dim), *turn, heads, 1e-6, order
-            close(fast.norm_rotary_triton(*arguments), plain.norm_rotary_reference(*arguments))
+            close(
+                fast.norm_rotary_triton(*arguments, x.dtype), plain.norm_rotary_reference(*arguments, x.dtype)
+            )
+            arguments = x, 400 * draw(heads * dim), *turn, heads, 1e-6, order, torch.float8_e4m3fn
+            seen, wanted = fast.norm_rotary_triton(*arguments), plain.norm_rotary_reference(*arguments)
+            seen, wanted = seen.float(), wanted.float()
+            assert seen.abs().max() == 448
+            sure = torch.frexp(wanted)[0].abs() != 0.5  # see below
+            assert ((seen - wanted).abs()[sure] <= wanted.abs()[sure] / 8 + 2**-9).all()
     for groups in (1, 3, 6):
         shift, scale = draw(2, groups, 2, heads * dim).unbind(2)
         for weight, bias in ((None, None), (draw(heads * dim), draw(heads * dim))):
