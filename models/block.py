@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import BlockPlan, apply_rotary, attend
+from ..kernels.float8 import FLOAT8, to_float8
 from ..kernels.fused import Quantized, norm_rotary, quantized_linear
 from ..streaming.kv_cache import KVChunk
 from .actions import ActionModule, Inputs
@@ -88,10 +89,15 @@ class Attention(nn.Module):
     def out(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.flatten(-2))
 
-    def rotated(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], turn: Tensor | None = None
+    def rotated(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, L, H, d] of `x`, q and k turned to their positions and in the numbers that the cache wants."""
+        dtype = None if context.cache is None else context.cache.attends_in
+        q, k, v = self._rotated(x, context.rotary, context.turn, dtype)
+        return (to_float8(q), to_float8(k), v) if dtype == FLOAT8 else (q.to(v.dtype), k.to(v.dtype), v)
+
+    def _rotated(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], turn: Tensor | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v [B, L, H, d] of `x`, q and k turned to their positions; `turn` as in `Context`."""
         if not self._is_fused():
             q, (k, v) = self.query(x), self.keys(x)
             return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
@@ -103,7 +109,7 @@ class Attention(nn.Module):
         if in_one_kernel(x):
             weights = self._fused.norm.unbind()
             q, k = (
-                norm_rotary(part, weight, *rotary, heads=self.heads, eps=self.eps)
+                norm_rotary(part, weight, *rotary, heads=self.heads, eps=self.eps, dtype=dtype)
                 for part, weight in zip((qkv[..., :dim], qkv[..., dim : 2 * dim]), weights)
             )
             return q, k, v
@@ -218,10 +224,9 @@ class Block(nn.Module):
     def self_attention(self, x: Tensor, layer: int, context: Context) -> Tensor:
         if self.mixer is not None:
             return self.attn1.out(self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context))
-        q, k, v = self.attn1.rotated(x, context.rotary, context.turn)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = self.attn1.rotated(x, context)
         if context.cache is not None:
-            return self.attn1.out(context.cache.attend(layer, q, k, v, context.plan))
+            return self.attn1.out(context.cache.attend(layer, q, k, v, context.plan).to(x.dtype))
         plan = None if context.plan is None else context.plan(layer, q, k, v, context.mask)
         return self.attn1.out(attend(q, k, v, plan, mask=None if plan is not None else context.mask))
 
@@ -232,7 +237,7 @@ class Block(nn.Module):
         if self.mixer is not None:
             self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context)
             return
-        _, k, v = self.attn1.rotated(x, context.rotary, context.turn)
+        _, k, v = self.attn1.rotated(x, context)
         context.cache.attend_view(layer, k, v)
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:

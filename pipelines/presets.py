@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
 
+from ..kernels.attention.float8 import float8_serves
 from ..kernels.planners import FlashBlock
 from ..models.quantized import DTYPES, LEAST, QuantizedLinear, quantize_linears
 from ..models.transformer import CausalTransformer3DModel
-from ..streaming.kv_cache import EightBits, KVCache, KVChunk
+from ..streaming.kv_cache import EightBits, Float8, KVCache, KVChunk, Storage
 
 Numbers = Literal["fp8", "int8"]
 
@@ -33,7 +35,10 @@ class Preset:
         reuse: steps of a chunk that attend to everything; at later ones attention to what lies outside the chunk is
             taken as the last of these left it, and merged with attention inside (`planners.FlashBlock`). The pass that
             remembers the chunk computes everything. 0: all steps attend to everything.
-        least_window: tokens in a window from which on `reuse` is done; a smaller one is attended to faster than merged.
+        least_window: tokens in a window from which on `reuse` and `attention` are done; with fewer they gain nothing.
+        attention: "fp8" multiplies queries, keys and values as float8_e4m3fn without scales, and keeps them so, on GPUs
+            that have a kernel for it (`kernels.attention.float8`); elsewhere, and under a model's own attention plan,
+            it changes nothing.
         kv: what keys and values are kept in, with a scale per token and head; None keeps them as they are computed.
         text_on_host: the text encoder stays in the host's memory and reads prompts there, wherever the rest moves.
 
@@ -47,6 +52,7 @@ class Preset:
     narrowest: int = LEAST
     reuse: int = 0
     least_window: int = 0
+    attention: Literal["fp8"] | None = None
     kv: Numbers | None = None
     text_on_host: bool = False
 
@@ -54,6 +60,10 @@ class Preset:
         for field in ("linears", "kv"):
             if getattr(self, field) not in (None, "fp8", "int8"):
                 raise ValueError(f"{field} must be None, 'fp8' or 'int8', got {getattr(self, field)!r}")
+        if self.attention not in (None, "fp8"):
+            raise ValueError(f"attention must be None or 'fp8', got {self.attention!r}")
+        if self.attention and self.kv:
+            raise ValueError(f"attention='fp8' keeps keys as it multiplies them; leave out kv={self.kv!r}")
         for field in ("reuse", "narrowest", "least_window"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 0:
                 raise ValueError(f"{field} must be a whole number from 0 on, got {getattr(self, field)!r}")
@@ -92,9 +102,17 @@ def apply_preset(preset: Preset, transformer: CausalTransformer3DModel, text_enc
         quantize_linears(text_encoder, dtype, least=least)
 
 
-def kv_storage(preset: Preset) -> EightBits | None:
-    """How a `KVCache` keeps keys and values under `preset`."""
-    return None if preset.kv is None else EightBits(DTYPES[preset.kv])
+def kv_storage(
+    preset: Preset, transformer: CausalTransformer3DModel, window: int, device: torch.device | None = None
+) -> Storage | None:
+    """How a `KVCache` keeps the keys and values of a window of so many tokens under `preset`, on the model's device or
+    another."""
+    if preset.kv is not None:
+        return EightBits(DTYPES[preset.kv])
+    config = transformer.config
+    served = float8_serves(device or transformer.device, config["attention_head_dim"])
+    wanted = preset.attention is not None and window >= preset.least_window and config["attention"] is None
+    return Float8() if wanted and served else None
 
 
 def kept_attention(preset: Preset, cache: KVCache) -> FlashBlock | None:
@@ -120,7 +138,7 @@ def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel) -> None
 
 for each in (
     Preset("exact"),
-    Preset("fast", linears="int8", reuse=2, least_window=4096),
+    Preset("fast", linears="int8", attention="fp8", reuse=3, least_window=4096),
     Preset("small", linears="int8", all_linears=True, kv="int8", text_on_host=True),
 ):
     add_preset(each)

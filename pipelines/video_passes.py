@@ -77,16 +77,17 @@ class VideoPasses(GameReader):
         config, recipe = self.transformer.config, self.recipe
         _, patch_h, patch_w = config["patch_size"]
         _, height, width = self.latent_size
+        tokens = (height // patch_h) * (width // patch_w)
         return {
             "layers": config["num_layers"],
             "rows": rows,
             "heads": config["num_attention_heads"],
             "head_dim": config["attention_head_dim"],
-            "tokens_per_frame": (height // patch_h) * (width // patch_w),
+            "tokens_per_frame": tokens,
             "window": recipe.memory,
             "position": recipe.position,
             "spare": recipe.spare,
-            "storage": kv_storage(self.preset),
+            "storage": kv_storage(self.preset, self.transformer, recipe.memory.frames * tokens),
         }
 
     def _run(self, kind: Hashable, step: Callable[..., Any], chunk: KVChunk, inputs: Sequence[Tensor]) -> Any:

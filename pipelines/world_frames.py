@@ -62,7 +62,7 @@ class FrameDrawer(DiffusionPipeline):
 
     def _make_cache(self, rows: int) -> KVCache:
         tokens = self.size[0] * self.size[1] // 256
-        storage = kv_storage(self.preset)
+        storage = kv_storage(self.preset, self.transformer, self.window.frames * tokens)
         return make_cache(self.transformer, rows=rows, tokens_per_frame=tokens, window=self.window, storage=storage)
 
     def draw(self, states: Sequence[WorldState], chunk: KVChunk, actions: Tensor, control: WorldControl) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from .kv_chunk import KVChunk, KVView, Rows
-from .kv_storage import EightBits, FullPrecision, Storage
+from .kv_storage import EightBits, Float8, FullPrecision, Storage
 from .window import Window
 
-__all__ = ["EightBits", "FullPrecision", "KVCache", "KVChunk", "KVView", "Rows", "Window"]
+__all__ = ["EightBits", "Float8", "FullPrecision", "KVCache", "KVChunk", "KVView", "Rows", "Storage", "Window"]
 
 
 class KVCache:
@@ -31,7 +31,7 @@ class KVCache:
         position: `"absolute"` leaves keys rotated to their frame; `"sink"` turns the sink keys, once per chunk, to
             stand just before the window, so that distances never grow past it (equal to cache-relative schemes).
         spare: extra frames of ring, so that as many committed frames can be rolled back exactly.
-        storage: how keys and values are kept.
+        storage: how keys and values are kept and attended to.
     """
 
     def __init__(
@@ -60,12 +60,8 @@ class KVCache:
         self.ring = window.frames - window.sinks + spare
         self.storage = storage or FullPrecision()
         self.device, self.dtype = torch.device(device), dtype
-        self.k, self.v = (
-            self.storage.allocate(
-                (layers, rows, (window.sinks + self.ring) * tokens_per_frame, heads, head_dim), self.device, dtype
-            )
-            for _ in range(2)
-        )
+        shape = (layers, rows, (window.sinks + self.ring) * tokens_per_frame, heads, head_dim)
+        self.k, self.v = (way.allocate(shape, self.device, dtype) for way in (self.storage, self.storage.values))
         sink_tokens = window.sinks * tokens_per_frame if position == "sink" else 0
         self.sink_k = torch.zeros((layers, rows, sink_tokens, heads, head_dim), device=self.device, dtype=dtype)
         self.counts = [0] * rows

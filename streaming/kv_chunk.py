@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..kernels import BlockPlan, attend, shift_frames
+from ..kernels import BlockPlan, shift_frames
 from ..kernels.planners import FlashBlock
 
 if TYPE_CHECKING:
@@ -84,6 +84,13 @@ class KVView(NamedTuple):
     mask: Tensor | None
 
 
+class Spans(NamedTuple):
+    """(end, start) of tokens that lie together: the chunk's own, and of all others that it sees."""
+
+    own: list[tuple[int, int]]
+    others: list[tuple[int, int]]
+
+
 class KVChunk:
     """The chunk being drawn: a scratch place in the ring that every pass overwrites until `commit` makes it context.
 
@@ -104,6 +111,11 @@ class KVChunk:
         self.reuse: FlashBlock | None = None
         self.first = True
         self._views: dict[int, KVView] = {}
+
+    @property
+    def attends_in(self) -> torch.dtype | None:
+        """The dtype that queries and keys are wanted in; None takes them as they are computed."""
+        return self.cache.storage.attends_in
 
     @property
     def _ends(self) -> list[int]:
@@ -208,18 +220,16 @@ class KVChunk:
 
     def attend_view(self, layer: int, k: Tensor, v: Tensor) -> KVView:
         """Context plus this chunk's `k` (rotated to `positions`) and `v`, [B, num_frames * tokens_per_frame, H, D]."""
-        cache = self.cache
-        cache.storage.write(cache.k, layer, self._places, k)
-        cache.storage.write(cache.v, layer, self._places, v)
+        cache, place = self.cache, self._place(layer)
+        cache.storage.write(cache.k, place, self._places, k)
+        cache.storage.values.write(cache.v, place, self._places, v)
         if cache.position == "sink":
-            self._keep_sinks(layer, k)
-        view = self._views.get(layer)
+            self._keep_sinks(place, k)
+        view = self._views.get(place)
         if view is None:
-            length = self._length * cache.tokens_per_frame
-            keys, values = (cache.storage.read(store, layer, self.rows, length) for store in (cache.k, cache.v))
-            view = KVView(keys, values, self._mask)
+            view = KVView(*self._read(layer, self._length * cache.tokens_per_frame), self._mask)
             if self.rows.neighbours and cache.storage.reads_views:
-                self._views[layer] = view  # which the next pass finds as it will then be
+                self._views[place] = view  # which the next pass finds as it will then be
         return view
 
     def attend(
@@ -229,31 +239,54 @@ class KVChunk:
 
         `plan` makes the plan of a layer from (layer, q, k, v, mask). Under a plan nothing is reused.
         """
-        if self.reuse is None or plan is not None:
+        storage = self.cache.storage
+        if self.reuse is None or plan is not None or (storage.grain > 1 and self._spans is None):
             keys, values, mask = self.attend_view(layer, k, v)
             blocks = None if plan is None else plan(layer, q, keys, values, mask)
-            return attend(q, keys, values, blocks, mask=None if blocks is not None else mask)
+            return storage.attend(q, keys, values, blocks, mask=None if blocks is not None else mask)
+        inside = k, v
+        if storage.grain > 1:
+            assert self._spans is not None, "as was just asked"
+            self.attend_view(layer, k, v)
+            inside = self._read(layer, *self._spans.own[0])
         outside = self.outside(layer) if self.first else []
-        return self.reuse.attend(layer, q, (k, v), outside, first=self.first)
+        return self.reuse.attend(layer, q, inside, outside, first=self.first, attend=storage.attend)
 
     def outside(self, layer: int) -> list[tuple[Tensor, ...]]:
         """Keys and values of what the chunk sees besides itself: in pieces that lie together where the host knows
         where; else in one, with a mask bool [B, 1, 1, K] of what is seen."""
-        cache, tokens, first = self.cache, self.cache.tokens_per_frame, self._slots[0]
-        if self.recorded or self._mask is not None or any(slots != first for slots in self._slots):
-            seen = (self.slot_frames >= 0) & (self.slot_frames < self.positions[:, :1])
-            stores = (
-                cache.storage.read(store, layer, self.rows, self._length * tokens) for store in (cache.k, cache.v)
-            )
-            return [(*stores, seen.repeat_interleave(tokens, 1)[:, None, None])]
-        others = [slot for slot in range(self._length) if slot not in first]
-        pieces = []
-        for _, run in groupby(enumerate(others), key=lambda item: item[1] - item[0]):
-            slots = [slot for _, slot in run]
-            span = slots[0] * tokens, (slots[-1] + 1) * tokens
-            stores = (cache.storage.read(store, layer, self.rows, span[1], span[0]) for store in (cache.k, cache.v))
-            pieces.append(tuple(stores))
-        return pieces
+        if self._spans is not None:
+            return [self._read(layer, *span) for span in self._spans.others]
+        tokens = self.cache.tokens_per_frame
+        seen = (self.slot_frames >= 0) & (self.slot_frames < self.positions[:, :1])
+        whole = self._read(layer, self._length * tokens)
+        return [(*whole, seen.repeat_interleave(tokens, 1)[:, None, None])]
+
+    @cached_property
+    def _spans(self) -> Spans | None:
+        """None where the host does not know them, or where a storage with a grain would need two for the chunk. With a
+        grain some neighbours are counted to the chunk, in every pass."""
+        slots, tokens, grain = self._slots[0], self.cache.tokens_per_frame, self.cache.storage.grain
+        if self.recorded or self._mask is not None or any(others != slots for others in self._slots):
+            return None
+        runs = [[slot for _, slot in run] for _, run in groupby(enumerate(sorted(slots)), lambda at: at[1] - at[0])]
+        if grain > 1 and len(runs) > 1:
+            return None
+        end = self._length * tokens
+        starts = [run[0] * tokens // grain * grain for run in runs]
+        stops = [min(-(-(run[-1] + 1) * tokens // grain) * grain, end) for run in runs]
+        others = [(stop, start) for start, stop in zip([0, *stops], [*starts, end]) if start < stop]
+        return Spans(list(zip(stops, starts)), others)
+
+    def _read(self, layer: int, end: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of some tokens, as the storage's `attend` wants them."""
+        cache, place = self.cache, self._place(layer)
+        keys = cache.storage.read(cache.k, place, self.rows, end, start)
+        return keys, cache.storage.values.read(cache.v, place, self.rows, end, start)
+
+    def _place(self, layer: int) -> int:
+        """Where the cache has this layer."""
+        return layer
 
     def _keep_sinks(self, layer: int, k: Tensor) -> None:
         """Sink keys are kept as they were first rotated, so that turning them never adds up rounding."""

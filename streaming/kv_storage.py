@@ -1,26 +1,39 @@
-"""How a `KVCache` keeps keys and values: as the model computes them, or in 8 bits."""
+"""How a `KVCache` keeps keys and values: as the model computes them, in 8 bits with scales, or in float8 without."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels import BlockPlan, attend
+from ..kernels.attention.float8 import GRAIN, attend_float8, turn_values, turned_place
+from ..kernels.float8 import FLOAT8, to_float8
 from ..kernels.fused import quantize_rows
-from .kv_chunk import Places, Rows
+from .kv_chunk import Places, Rows, Slices
 
 SCALE_BYTES = 4  # one float32
 
 
 class Storage(Protocol):
-    """A storage policy. A store is one tensor [layers, rows, tokens, heads, ...], so that it can be copied by rows.
+    """How keys are kept, and, as its `values` say, values. A store is one tensor [layers, rows, ...], so that it can be
+    copied by rows.
 
     Attributes:
         reads_views: whether `read` gives a live view of neighbouring rows, so that it need not be asked again.
+        attends_in: the dtype that queries and keys are wanted in; None takes them as the model computes them.
+        grain: a span of tokens is read from a multiple of it on.
     """
 
     reads_views: ClassVar[bool]
+    attends_in: ClassVar[torch.dtype | None]
+    grain: ClassVar[int]
+
+    @property
+    def values(self) -> Storage:
+        """How values are kept."""
+        ...
 
     def allocate(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """An empty store for values of `shape` [layers, rows, tokens, H, D]."""
@@ -31,7 +44,20 @@ class Storage(Protocol):
         ...
 
     def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
-        """Tokens [B, end - start, H, D] of some rows."""
+        """Tokens [B, end - start, H, D] of some rows, or what `attend` wants instead."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan | None = None,
+        *,
+        mask: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """`kernels.attend` over keys and values as they are read."""
         ...
 
 
@@ -39,6 +65,12 @@ class FullPrecision:
     """Keys and values as the model computes them."""
 
     reads_views: ClassVar[bool] = True
+    attends_in: ClassVar[torch.dtype | None] = None
+    grain: ClassVar[int] = 1
+
+    @property
+    def values(self) -> Storage:
+        return self
 
     def allocate(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
@@ -49,8 +81,20 @@ class FullPrecision:
     def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
         return rows.take(store[layer])[:, start:end]
 
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan | None = None,
+        *,
+        mask: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        return attend(q, k, v, plan, mask=mask, return_lse=return_lse)
 
-class EightBits:
+
+class EightBits(FullPrecision):
     """A byte per number, and a scale per token and head behind them: 0.52 of bfloat16's memory at 128 channels a head.
 
     Args:
@@ -79,3 +123,60 @@ class EightBits:
         if self.kind == torch.int8:
             return torch.mul(values, scale, out=values.new_empty(values.shape, dtype=self.dtype))
         return values.to(self.dtype).mul_(scale)
+
+
+class Float8(FullPrecision):
+    """Keys and values as float8_e4m3fn without scales, half of bfloat16's memory, multiplied as they are
+    (`kernels.attention.float8`)."""
+
+    attends_in: ClassVar[torch.dtype | None] = FLOAT8
+    grain: ClassVar[int] = GRAIN
+
+    @property
+    def values(self) -> Storage:
+        return TurnedFloat8()
+
+    def allocate(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        return super().allocate(shape, device, FLOAT8)
+
+    def write(self, store: Tensor, layer: int, places: Places, value: Tensor) -> None:
+        # As bytes, which every kernel of PyTorch can move.
+        places.put(store[layer].view(torch.uint8), to_float8(value).view(torch.uint8))
+
+    def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
+        return rows.take(store[layer].view(torch.uint8))[:, start:end].view(FLOAT8)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan | None = None,
+        *,
+        mask: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        if plan is not None:
+            raise ValueError("keys and values in float8 are attended to without a plan; keep them as they are computed")
+        out, lse = attend_float8(to_float8(q), k, v, mask=mask)
+        return (out, lse) if return_lse else out
+
+
+class TurnedFloat8(Float8):
+    """Values whose keys lie next to one another: [layers, rows, H, D, tokens], as FP8 tensor cores take them."""
+
+    def allocate(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        layers, rows, tokens, heads, dim = shape
+        return super().allocate((layers, rows, heads, dim, -(-tokens // GRAIN) * GRAIN), device, dtype)
+
+    def write(self, store: Tensor, layer: int, places: Places, value: Tensor) -> None:
+        if isinstance(places, Slices):
+            for rows, items, slots in places.parts:
+                turn_values(value[items], store[layer, rows], slots.start)
+            return
+        turned = store[layer].view(torch.uint8).permute(0, 3, 1, 2)
+        turned[places.rows, turned_place(places.slots)] = to_float8(value).view(torch.uint8)
+
+    def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
+        end = -(-end // GRAIN) * GRAIN
+        return rows.take(store[layer].view(torch.uint8))[..., start:end].view(FLOAT8)

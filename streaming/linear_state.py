@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.linear_attention import LinearState, Normalize
 from .kv_cache import KVCache
-from .kv_chunk import KVChunk, KVView, Rows
+from .kv_chunk import KVChunk, Rows
 
 
 class HybridCache(KVCache):
@@ -128,11 +128,8 @@ class HybridChunk(KVChunk):
         chunk = super().for_recording(index)
         return HybridChunk(self.cache, chunk.rows, chunk.num_frames, chunk.recorded)
 
-    def attend_view(self, layer: int, k: Tensor, v: Tensor) -> KVView:
-        return super().attend_view(self.cache.place[layer], k, v)
-
-    def outside(self, layer: int) -> list[tuple[Tensor, ...]]:
-        return super().outside(self.cache.place[layer])
+    def _place(self, layer: int) -> int:
+        return self.cache.place[layer]
 
     @cached_property
     def _before(self) -> Tensor:

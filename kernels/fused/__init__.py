@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import operators, reference
-from .reference import LARGEST, to_float8
+from .reference import LARGEST
 
 __all__ = [
     "Quantized",
@@ -18,7 +18,6 @@ __all__ = [
     "norm_rotary",
     "quantize_rows",
     "quantized_linear",
-    "to_float8",
 ]
 
 

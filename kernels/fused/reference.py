@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..float8 import to_float8
 from ..rotary.reference import apply_rotary_reference
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -33,13 +34,6 @@ def norm_rotary_reference(
     out = apply_rotary_reference(x.unflatten(-1, (heads, -1)), cos, sin)
     out = out if permutation is None else out.index_select(1, permutation)
     return to_float8(out) if dtype == torch.float8_e4m3fn else out.to(dtype)
-
-
-def to_float8(x: Tensor) -> Tensor:
-    """x as float8_e4m3fn, what lies beyond its ends at 448 instead of NaN; as it is if it is float8."""
-    if x.dtype == torch.float8_e4m3fn:
-        return x
-    return x.clamp(-LARGEST[torch.float8_e4m3fn], LARGEST[torch.float8_e4m3fn]).to(torch.float8_e4m3fn)
 
 
 def norm_modulate_reference(

@@ -30,12 +30,14 @@ class FlashBlock:
         *,
         first: bool,
         plan: BlockPlan | Callable[[Tensor, Tensor], BlockPlan | None] | None = None,
+        attend: Callable[..., Any] = attend,
     ) -> Tensor:
         """Attention of q to `inside` (k, v) and `outside` (k, v), or pieces of it, or none; all [B, L, H, D].
 
         Args:
             outside: a piece of which not all is seen has a third part, a mask as `attend` takes it.
             plan: of the outside part at the first step, or what makes it for a piece from (q, k).
+            attend: what attends, with the arguments of `kernels.attend`.
             first: compute and keep the outside part; otherwise it is taken as kept, and `outside` is not read.
 
         Raises:

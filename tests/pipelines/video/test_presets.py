@@ -9,10 +9,12 @@ import torch
 
 from millstream.models.quantized import QuantizedLinear
 from millstream.models.tiny_vae import TinyVideoDecoder
+from millstream.pipelines import presets
 from millstream.pipelines.memory import memory_plan, plan_for
 from millstream.pipelines.presets import PRESETS, Preset, add_preset, find_preset
 from millstream.pipelines.recipes import RECIPES
 from millstream.pipelines.video import VideoPipeline
+from millstream.streaming.kv_cache import Float8
 
 FAST = replace(PRESETS["fast"], least_window=0)  # from which on it would keep attention
 
@@ -32,6 +34,18 @@ def test_a_preset_is_near_exact_and_is_not_exact(make, seeded, recipe, preset):
     exact, near = (clip(make(recipe, preset=each), seeded, steps=2) for each in ("exact", preset))
     error = (exact - near).square().mean().sqrt() / exact.std()
     assert 1e-5 < error < 0.12  # and grows from chunk to chunk: random weights forgive nothing
+
+
+@pytest.mark.parametrize("recipe", ["longlive", "longlive_unbounded", "causvid"])
+def test_attention_in_float8_is_done_where_the_device_has_it(make, seeded, monkeypatch, recipe):
+    assert not isinstance(make(recipe, preset=FAST).arena.cache.storage, Float8)
+    monkeypatch.setattr(presets, "float8_serves", lambda device, dim: True)
+    pipe = make(recipe, preset=replace(FAST, linears=None))
+    assert isinstance(pipe.arena.cache.storage, Float8)
+    exact, near = (clip(each, seeded, steps=2) for each in (make(recipe), pipe))
+    error = (exact - near).square().mean().sqrt() / exact.std()
+    assert 1e-5 < error < 0.15
+    assert not isinstance(make(recipe, preset="fast").arena.cache.storage, Float8)  # a small window gains nothing
 
 
 @pytest.mark.parametrize("position", ["absolute", "sink"])
@@ -94,6 +108,10 @@ def test_presets_are_found_by_name_and_can_be_added():
         find_preset("fats")
     with pytest.raises(ValueError, match="there is a preset 'fast' already"):
         add_preset(Preset("fast"))
+    with pytest.raises(ValueError, match="attention must be None or 'fp8', got 'int8'"):
+        Preset("mine", attention="int8")
+    with pytest.raises(ValueError, match="leave out kv='int8'"):
+        Preset("mine", attention="fp8", kv="int8")
     with pytest.raises(ValueError, match="linears must be None, 'fp8' or 'int8', got 'fp4'"):
         Preset("mine", linears="fp4")
     try:

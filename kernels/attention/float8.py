@@ -1,0 +1,111 @@
+"""Attention over queries, keys and values that are float8_e4m3fn as they lie in memory, without scales.
+
+Queries and keys are normed, and e4m3 has the same relative error of at most 1/16 from 1/64 up to 448: a scale would
+give them nothing. Values lie *turned*, [B, H, D, L], the keys of each 16 in `key_order`, as Hopper's FP8 tensor cores
+want them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..backend import runs_triton
+from ..float8 import FLOAT8, to_float8
+from .dense import attend_dense_with_lse
+from .plan import BlockPlan
+from .quantize import Quantized
+from .sparse import operands
+
+GRAIN = 16  # tokens that are turned together
+BLOCK = (64, 128)
+
+
+def attend_float8(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention with products in FP8 where `float8_serves`; elsewhere, and under a mask, in bfloat16.
+
+    Args:
+        q: queries [B, Lq, H, D], float8_e4m3fn like k and v.
+        k: keys [B, Lk, H, D].
+        v: turned values [B, H, D, Lk or more], as `turn_values` wrote them; what lies past the keys must be finite.
+        mask: bool, broadcastable to [B, H, Lq, Lk]; True where a query sees a key.
+        scale: multiplies the scores; None means D ** -0.5.
+
+    Returns:
+        (out [B, Lq, H, D] bfloat16, log-sum-exp of the scaled scores float32 [B, H, Lq]).
+
+    Raises:
+        TypeError: other dtypes. ValueError: shapes that do not belong together.
+    """
+    if not q.dtype == k.dtype == v.dtype == FLOAT8:
+        raise TypeError(f"attend_float8 wants float8_e4m3fn, got {q.dtype}, {k.dtype} and {v.dtype}")
+    batch, tokens, heads, dim = k.shape
+    if v.shape[:3] != (batch, heads, dim) or v.shape[3] < tokens or (q.shape[0], *q.shape[2:]) != (batch, heads, dim):
+        raise ValueError(
+            f"attend_float8 wants q [B, Lq, H, D], k [B, Lk, H, D] and turned values [B, H, D, Lk or more], got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    scale = float(dim**-0.5) if scale is None else scale
+    if mask is None and tokens and float8_serves(q.device, dim):
+        return _triton(q, k, v, scale)
+    wide = (q.bfloat16(), k.bfloat16(), turned_back(v, tokens).bfloat16())
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).expand(-1, -1, -1, tokens)
+    return attend_dense_with_lse(*wide, mask, scale)
+
+
+@cache
+def float8_serves(device: torch.device, dim: int) -> bool:
+    """Are there FP8 products for heads of `dim` channels on `device`?"""
+    if device.type != "cuda" or torch.version.hip is not None or dim not in (64, 128):
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9 and runs_triton(torch.empty(0, device=device))
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from .launch import operator
+
+    plan, ones = _everything(q.shape[1], k.shape[1], q.device), _ones(q.device)
+    batch, heads = q.shape[0], q.shape[2]
+    blocks = [-(-x.shape[1] // size) for x, size in zip((q, k), BLOCK)]
+    scales = (ones[: batch * heads * count].view(batch, heads, count) for count in (*blocks, q.shape[3]))
+    eight = Quantized(q, k, v, *scales, mean_key=ones)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever its tensors are
+        return operator(*operands(q, k, v, plan, None, scale, eight, torch.bfloat16))
+
+
+@cache  # for a step that is recorded must not make it
+def _everything(queries: int, keys: int, device: torch.device) -> BlockPlan:
+    return BlockPlan.dense(queries, keys, BLOCK, device)
+
+
+@cache
+def _ones(device: torch.device) -> Tensor:
+    return torch.ones(1 << 16, device=device)
+
+
+def turned_place(token: Tensor) -> Tensor:
+    """Where a token's value lies among turned values: the inverse of `key_order`, of any integers."""
+    return token // 16 * 16 + token % 8 // 2 * 4 + token % 16 // 8 * 2 + token % 2
+
+
+def turn_values(v: Tensor, out: Tensor, start: int = 0) -> None:
+    """Write values [B, n, H, D], any floating dtype, into turned values `out` [B, H, D, L], tokens `start` and on."""
+    if runs_triton(v) and out.is_cuda:
+        from .quantize_triton import turn_into_triton
+
+        turn_into_triton(v if v.stride(-1) == 1 else v.contiguous(), out, start)
+        return
+    at = turned_place(torch.arange(start, start + v.shape[1], device=v.device))
+    # As bytes, which every kernel of PyTorch can move.
+    out.view(torch.uint8).permute(0, 3, 1, 2)[:, at] = to_float8(v).view(torch.uint8)
+
+
+def turned_back(v: Tensor, tokens: int) -> Tensor:
+    """The first tokens [B, tokens, H, D] of turned values [B, H, D, L]."""
+    at = turned_place(torch.arange(tokens, device=v.device))
+    return v.view(torch.uint8)[..., at].permute(0, 3, 1, 2).contiguous().view(FLOAT8)
