@@ -92,6 +92,9 @@ CANDIDATES = (
     Tiles(128, 128, 128, stages=4, bulk=True),
     Tiles(128, 128, 128, warps=4, stages=4, bulk=True),
     Tiles(128, 128, 128, stages=4),
+    # Small tiles fill the last round of multiprocessors better.
+    Tiles(64, 256, 128, warps=4, stages=4, bulk=True),
+    Tiles(64, 128, 128, warps=4, stages=4, bulk=True),
 )
 MANY = 512  # rows
 _fastest: dict[tuple[int, int, int, torch.device], Tiles] = {}
