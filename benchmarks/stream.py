@@ -111,7 +111,12 @@ class Bench:
             for preset in ("exact", "fast")
         }
         fast = PRESETS["fast"]
-        others = {"in FP8": replace(fast, linears="fp8"), "in FP8, kept at once": replace(fast, linears="fp8", reuse=1)}
+        others = {
+            "attending in FP8": replace(fast, attention="fp8", reuse=3),
+            "attending in FP8, kept earlier": replace(fast, attention="fp8"),
+            "in FP8": replace(fast, linears="fp8"),
+            "in FP8, kept at once": replace(fast, linears="fp8", reuse=1),
+        }
         first |= {
             f"fast {name}, tiny decoder": partial(stream, longlive, each, tiny=True) for name, each in others.items()
         }
