@@ -23,7 +23,7 @@ from ..samplers.schedules import check_count
 from ..samplers.token_sampler import OrderName
 from .assets import shipped
 from .image_inputs import PAPER, Canvas, enlarged, open_cells, read_canvas
-from .token_networks import CachedNetwork, MaskedNetwork, PhiloxDraws
+from .token_networks import PhiloxDraws, network_of
 from .world_output import is_offloaded
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -110,6 +110,7 @@ class ImagePipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         order: OrderName | None = None,
         temperature: float | None = None,
+        refresh: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -124,6 +125,11 @@ class ImagePipeline(DiffusionPipeline):
             negative_prompt: what guidance leads away from.
             num_images_per_prompt: pictures of each prompt, neighbours in the result.
             num_inference_steps, guidance_scale, order, temperature: see `TokenSampler`; as configured by default.
+            refresh: of a masked transformer: 1 computes every token at every step and is exact. N does so at every N-th
+                step; between, a token that was decided is computed once more and then kept as it is, though it has
+                not seen what came later. That is an approximation but for the first two steps and every N-th, and no
+                bound is known: docs/images.md says how many tokens came out otherwise. Other kinds are exact, and as
+                fast, with 1.
             generator: the same state gives the same pictures; or one for each picture.
             output_type: "pil", "np" [B, S, S, 3], "pt" [B, 3, S, S], or "latent": the tokens [B, N].
             callback_on_step_end: called after every step as (pipeline, step, tokens decided, {"preview": pictures
@@ -144,6 +150,7 @@ class ImagePipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             order=order,
             temperature=temperature,
+            refresh=refresh,
             generator=generator,
         )
         last = next(stream)
@@ -174,6 +181,7 @@ class ImagePipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         order: OrderName | None = None,
         temperature: float | None = None,
+        refresh: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Iterator[ImageStep]:
         """The pictures after every step; the arguments are those of a call, and are checked at the first `next`.
@@ -201,7 +209,7 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError("a causal model cannot draw into a picture; load one of kind two_pass or masked")
         draws = PhiloxDraws(seeds(generator, len(prompts)).to(tokens.device))
         text = self._encode(prompts, None if plan.guidance is None else negative_prompt)
-        network = (MaskedNetwork if kind == "masked" else CachedNetwork)(self.transformer, text)
+        network = network_of(self.transformer, text, check_count(refresh, "refresh"))
         if not plan.counts:
             yield ImageStep(0, 0, tokens, known, lambda: self._pictures(tokens, known, canvas))
         for done in decoding(

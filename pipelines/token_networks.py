@@ -70,6 +70,11 @@ class MaskedNetwork:
     ) -> None:
         if refresh < 1 or (budget is not None and budget < 1):
             raise ValueError(f"refresh and budget must be at least 1, got {refresh} and {budget}")
+        if model.config["attention"] == "lina" and (refresh > 1 or budget is not None):
+            raise ValueError(
+                f"linear attention keeps no keys that could be cached; take refresh=1 and no budget, got {refresh} "
+                f"and {budget}"
+            )
         self.model, self.cache, self.refresh, self.budget = model, model.begin(text), refresh, budget
         self.rows, self.asked = text.shape[0], 0
         self.left = model.tokens  # open places: a number the host knows, since `new` tells what was decided
@@ -103,6 +108,23 @@ class MaskedNetwork:
             best = (certainty * density).gather(1, opened).topk(self.budget, dim=1).indices
             opened = opened.gather(1, best)
         return repeated(torch.cat([opened, ask.new], dim=1), times)
+
+
+def network_of(model: TokenTransformer, text: Tensor, refresh: int = 1) -> CachedNetwork | MaskedNetwork:
+    """The network of a model of any kind but "scales".
+
+    Raises:
+        ValueError: a `refresh` other than 1 of a model that caches exactly.
+    """
+    kind = model.config["kind"]
+    if kind == "masked":
+        return MaskedNetwork(model, text, refresh=refresh)
+    if refresh != 1:
+        raise ValueError(
+            f'refresh is for transformers of kind "masked"; this "{kind}" one computes no token twice and is exact as '
+            f"it is, so leave refresh at 1, got {refresh}"
+        )
+    return CachedNetwork(model, text)
 
 
 def repeated(part: Tensor, times: int) -> Tensor:

@@ -147,6 +147,8 @@ def test_a_budget_computes_fewer_places_and_still_decides_all() -> None:
     assert all(n <= 6 + new for n, new in zip(computed[1:], counts))
     with pytest.raises(ValueError, match="refresh and budget must be at least 1, got 0 and None"):
         MaskedNetwork(net, text(), refresh=0)
+    with pytest.raises(ValueError, match="linear attention keeps no keys that could be cached"):
+        MaskedNetwork(model("masked", attention="lina", learned_positions=True), text(), refresh=2)
 
 
 @torch.no_grad()
