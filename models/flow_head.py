@@ -40,7 +40,9 @@ class FlowHead(PackedModelMixin, ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, sigma: Tensor | float, condition: Tensor) -> Tensor:
         """Velocity [M, C] at x [M, C], at the level `sigma` [M] or one for all, under conditions [M, condition_dim]."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        if not isinstance(sigma, Tensor):  # filled on the device: a copy from the host cannot be recorded in a graph
+            sigma = torch.full((x.shape[0],), sigma, device=x.device)
+        sigma = sigma.to(x.device, torch.float32).expand(x.shape[0])
         given = F.silu(self.level(frequencies(sigma, self.config["dim"]).to(x.dtype)) + self.condition(condition))
         x = self.input(x)
         for modulation, layer in zip(self.modulations, self.blocks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ class VQAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, N] to pictures [B, 3, S, S] in [0, 1]."""
+        """Tokens [B, N], or those of the first maps alone, to pictures [B, 3, S, S] in [0, 1]."""
         return self.decode_raw(self.latents_of(tokens)).clamp(0, 1)
 
     def encode_raw(self, pictures: Tensor) -> Tensor:
@@ -108,8 +108,10 @@ class VQAutoencoder(PackedModelMixin, ModelMixin, ConfigMixin):
         return self.decoder(latents.contiguous(memory_format=torch.channels_last)) / 2 + 0.5
 
     def latents_of(self, tokens: Tensor) -> Tensor:
-        """What tokens [B, N] mean to the decoder: [B, C, h, w]."""
-        parts = tokens.split([side * side for side in self.sides], dim=1)
+        """What tokens [B, N], or those of the first maps alone, mean to the decoder: [B, C, h, w]."""
+        sizes = [side * side for side in self.sides]
+        shown = [size for size, end in zip(sizes, accumulate(sizes)) if end <= tokens.shape[1]]
+        parts = tokens.split(shown, dim=1)
         if not self.mends:
             return self._map(parts[0])
         return sum(

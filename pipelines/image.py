@@ -7,28 +7,31 @@ own seed and prompt: how many others are drawn with it changes nothing but round
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 from typing_extensions import Self
 
+from ..models.flow_head import FlowHead
 from ..models.text_encoder import ByteTextEncoder
 from ..models.token_transformer import TokenTransformer
 from ..models.vq_codec import VQAutoencoder
-from ..samplers import TokenSampler, decoding
+from ..samplers import TokenSampler
 from ..samplers.schedules import check_count
 from ..samplers.token_sampler import OrderName
 from .assets import shipped
-from .image_inputs import PAPER, Canvas, enlarged, open_cells, read_canvas
-from .token_networks import CachedNetwork, MaskedNetwork, PhiloxDraws
+from .image_inputs import read_canvas
+from .image_ways import Way, way_of
+from .token_networks import PhiloxDraws
 from .world_output import is_offloaded
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
-ORDERS = {"two_pass": ("random", "masked", "raster"), "masked": ("masked", "random", "raster"), "causal": ("raster",)}
 
 
 class ImageStep(NamedTuple):
@@ -36,10 +39,10 @@ class ImageStep(NamedTuple):
 
     Attributes:
         step, n_steps: which of how many, from 0.
-        tokens: int64 [B, N]; of no meaning where not `known`.
+        tokens: int64 [B, N], or [B, N, C] of a model with continuous ones; of no meaning where not `known`.
         known: bool [B, N].
-        preview: makes the pictures so far, [B, 3, S, S] in [0, 1]; white where nothing is decided. After the last step
-            they are the result.
+        preview: makes the pictures so far, [B, 3, S, S] in [0, 1]; white where nothing is decided. Of a next-scale
+            model they are whole from the first step on, and blurred. After the last step they are the result.
     """
 
     step: int
@@ -53,26 +56,35 @@ class ImagePipeline(DiffusionPipeline):
     """Draws small pictures from words, and into pictures.
 
     Args:
-        transformer: of kind two_pass, masked or causal.
-        codec, text_encoder, scheduler: the other parts.
+        transformer: of any kind, told by words; its config says how it draws, see `image_ways`.
+        codec: a `VQAutoencoder` with the transformer's maps; of continuous tokens diffusers' `AutoencoderKL`.
+        text_encoder, scheduler: the other parts.
+        flow_head: of continuous tokens alone.
+
+    Raises:
+        ValueError: parts that do not belong together.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->codec"
+    model_cpu_offload_seq = "text_encoder->transformer->flow_head->codec"
+    _optional_components = ["flow_head"]  # noqa: RUF012 (diffusers' own name and kind)
 
     def __init__(
         self,
         transformer: TokenTransformer,
-        codec: VQAutoencoder,
+        codec: VQAutoencoder | AutoencoderKL,
         text_encoder: ByteTextEncoder,
         scheduler: TokenSampler,
+        flow_head: FlowHead | None = None,
     ) -> None:
         super().__init__()
-        if transformer.tokens != sum(side * side for side in codec.sides):
-            raise ValueError(
-                f"the transformer predicts {transformer.tokens} tokens a picture, but the codec's maps are "
-                f"{list(codec.sides)} a side; load parts that were trained together"
-            )
-        self.register_modules(transformer=transformer, codec=codec, text_encoder=text_encoder, scheduler=scheduler)
+        way_of(transformer, codec, flow_head, scheduler)
+        self.register_modules(
+            transformer=transformer,
+            codec=codec,
+            text_encoder=text_encoder,
+            scheduler=scheduler,
+            flow_head=flow_head,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -95,7 +107,11 @@ class ImagePipeline(DiffusionPipeline):
     @property
     def size(self) -> int:
         """Pixels a side."""
-        return self.codec.config["sample_size"]
+        return self._way.size
+
+    @property
+    def _way(self) -> Way:
+        return way_of(self.transformer, self.codec, self.flow_head, self.scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -110,6 +126,7 @@ class ImagePipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         order: OrderName | None = None,
         temperature: float | None = None,
+        refresh: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -124,8 +141,13 @@ class ImagePipeline(DiffusionPipeline):
             negative_prompt: what guidance leads away from.
             num_images_per_prompt: pictures of each prompt, neighbours in the result.
             num_inference_steps, guidance_scale, order, temperature: see `TokenSampler`; as configured by default.
+            refresh: of a masked transformer: 1 computes every token at every step and is exact. N does so at every N-th
+                step; between, a token that was decided is computed once more and then kept as it is, though it has
+                not seen what came later. That is an approximation but for the first two steps and every N-th, and no
+                bound is known: docs/images.md says how many tokens came out otherwise. Other kinds are exact, and as
+                fast, with 1.
             generator: the same state gives the same pictures; or one for each picture.
-            output_type: "pil", "np" [B, S, S, 3], "pt" [B, 3, S, S], or "latent": the tokens [B, N].
+            output_type: "pil", "np" [B, S, S, 3], "pt" [B, 3, S, S], or "latent": the tokens [B, N] or [B, N, C].
             callback_on_step_end: called after every step as (pipeline, step, tokens decided, {"preview": pictures
                 [B, 3, S, S], "tokens", "known"}); what it returns is not used.
 
@@ -144,6 +166,7 @@ class ImagePipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             order=order,
             temperature=temperature,
+            refresh=refresh,
             generator=generator,
         )
         last = next(stream)
@@ -174,6 +197,7 @@ class ImagePipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         order: OrderName | None = None,
         temperature: float | None = None,
+        refresh: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Iterator[ImageStep]:
         """The pictures after every step; the arguments are those of a call, and are checked at the first `next`.
@@ -184,67 +208,29 @@ class ImagePipeline(DiffusionPipeline):
         if any(is_offloaded(part) for part in self.components.values()):
             raise ValueError("tokens are not drawn under model CPU offload; move the pipeline with .to(device) instead")
         prompts = _repeated(prompt, num_images_per_prompt)
-        canvas = read_canvas(image, mask_image, self.size)
+        way = self._way
+        canvas = read_canvas(image, mask_image, way.size)
         if not isinstance(negative_prompt, str):
             raise TypeError(f"negative_prompt must be one text for all pictures, got {type(negative_prompt).__name__}")
-        kind = self.transformer.config["kind"]
-        tokens, known = self._given(canvas, len(prompts))
-        opened = known.shape[1] - int(known[0].sum())
-        plan = self.scheduler.plan(
-            opened,
+        tokens, known = way.begin(canvas, len(prompts), self._execution_device)
+        plan = way.plan(
+            known,
+            refresh,
             num_inference_steps=num_inference_steps,
-            order=self._order(order, kind),
+            order=order,
             guidance_scale=guidance_scale,
             temperature=temperature,
         )
-        if kind == "causal" and opened < known.shape[1]:
-            raise ValueError("a causal model cannot draw into a picture; load one of kind two_pass or masked")
         draws = PhiloxDraws(seeds(generator, len(prompts)).to(tokens.device))
         text = self._encode(prompts, None if plan.guidance is None else negative_prompt)
-        network = (MaskedNetwork if kind == "masked" else CachedNetwork)(self.transformer, text)
+
+        def shown(tokens: Tensor, known: Tensor) -> Callable[[], Tensor]:
+            return torch.no_grad()(partial(way.pictures, tokens, known, canvas))
+
         if not plan.counts:
-            yield ImageStep(0, 0, tokens, known, lambda: self._pictures(tokens, known, canvas))
-        for done in decoding(
-            network,
-            tokens,
-            known,
-            counts=plan.counts,
-            order=plan.order,
-            head=plan.head,
-            draws=draws,
-            guidance=plan.guidance,
-        ):
-            yield ImageStep(
-                done.step,
-                done.n_steps,
-                done.tokens,
-                done.known,
-                lambda done=done: self._pictures(done.tokens, done.known, canvas),
-            )
-
-    def _order(self, order: OrderName | None, kind: str) -> OrderName:
-        """The order to decode in: the configured one where the model can follow it."""
-        possible = ORDERS.get(kind)
-        if possible is None:
-            raise ValueError(f'a transformer of kind "{kind}" is decoded level by level (samplers.decoding_levels)')
-        wanted = self.scheduler.config["order"] if order is None else order
-        if order is None and wanted not in possible:
-            return possible[0]  # pyright: ignore[reportReturnType]
-        if wanted not in possible and kind == "causal":
-            raise ValueError(f'a causal transformer draws in order "raster" alone, got {order!r}')
-        return wanted
-
-    def _given(self, canvas: Canvas | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Tokens [B, N] and which of them an image settles."""
-        device = self._execution_device
-        count = self.transformer.tokens
-        if canvas is None:
-            return torch.zeros(batch, count, dtype=torch.int64, device=device), torch.zeros(
-                batch, count, dtype=torch.bool, device=device
-            )
-        picture = canvas.picture[None].to(device, self.codec.dtype)
-        known = ~open_cells(canvas.hole, self.codec.sides[-1]).to(device)
-        return self.codec.encode(picture).expand(batch, -1).clone(), known.expand(batch, -1).clone()
+            yield ImageStep(0, 0, tokens, known, shown(tokens, known))
+        for done in way.decoding(tokens, known, text, plan, draws, refresh):
+            yield ImageStep(done.step, done.n_steps, done.tokens, done.known, shown(done.tokens, done.known))
 
     def _encode(self, prompts: Sequence[str], negative: str | None) -> Tensor:
         """[B, S, D], or [2 B, S, D] with a negative prompt. One at a time: a batch of texts would round differently."""
@@ -253,15 +239,6 @@ class ImagePipeline(DiffusionPipeline):
         }
         wanted = [every[prompt] for prompt in prompts]
         return torch.cat(wanted if negative is None else wanted + [every[negative]] * len(prompts))
-
-    @torch.no_grad()
-    def _pictures(self, tokens: Tensor, known: Tensor, canvas: Canvas | None) -> Tensor:
-        """[B, 3, S, S] in [0, 1]: what is decided, on paper, with an image's own pixels outside its hole."""
-        pictures = self.codec.decode(tokens).float()
-        pictures = torch.where(enlarged(known, self.size), pictures, PAPER)
-        if canvas is None:
-            return pictures
-        return torch.where(canvas.hole.to(pictures.device), pictures, canvas.picture.to(pictures.device))
 
 
 def seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Tensor:

@@ -1,12 +1,14 @@
 """What a stream notices about its input: is this picture worth drawing, and how fast does the view move?
 
 Both compare pictures [3, H, W], in [0, 1] or in bytes, with the last one that was drawn. They read a value on the host,
-so pictures are best left on the CPU, where cameras put them; there it costs no waiting for a GPU.
+so pictures are best left on the CPU, where cameras put them; there it costs no waiting for a GPU. And what is shown
+where nothing new is ready.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels import philox_uniform
-from ..streaming import Control, WorldControl
+from ..streaming import Chunk, Control, WorldControl
 from ..streaming.snapshot import control_fields
 from .world_state import WorldState
 
@@ -33,6 +35,8 @@ class Watching(Protocol):
     wish: str
     seen: Tensor | None
     picture: Tensor | None
+    shown_version: int
+    shown_time: float
 
 
 class Skipping(Protocol):
@@ -88,6 +92,20 @@ def leaves_out(state: Watching, control: Skipping, picture: Tensor) -> bool:
     )
     state.skipped = state.skipped + 1 if left_out else 0
     return left_out
+
+
+def has_a_hole(state: Watching, control: Skipping, chunks: Sequence[Chunk]) -> bool:
+    """Keep the last picture of a step, if the filter is on; or tell that the step made none where one was shown before.
+
+    With a stream batch that is so when a still scene begins to move: its frames are under way while the still ones were
+    left out. Then the kept picture is shown once more, with the version and time that it had.
+    """
+    if control.skip_similar is None:
+        state.picture = None
+    elif chunks:
+        state.picture = chunks[-1].data.clone()
+        state.shown_version, state.shown_time = chunks[-1].version, chunks[-1].time
+    return not chunks and state.picture is not None
 
 
 def strength_for(state: WorldState, control: WorldControl, picture: Tensor) -> float:

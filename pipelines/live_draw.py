@@ -23,6 +23,7 @@ from .live_levels import Levels, read_levels
 from .live_networks import Told, check_codec, network_of
 from .live_state import DrawnFrom, LiveFrame
 
+USUAL_STRENGTH = 0.5
 PROMPTS_KEPT = 16
 LEVELS_KEPT = 64
 Prompt = tuple[str, str | None, float]
@@ -105,8 +106,9 @@ class ImageDrawer:
 
     def levels(self, control: ImageControl, *, drawn_from: DrawnFrom) -> Levels:
         """The steps that a frame takes."""
-        strength = control.strength if drawn_from == "picture" else 1.0
         scheduler, steps, network = self.pipe.scheduler, control.num_inference_steps or self.steps, self.network
+        strength = max(USUAL_STRENGTH, 1 / steps) if control.strength is None else control.strength
+        strength = strength if drawn_from == "picture" else 1.0
         with self._knowing:
             if self._levels_of is not scheduler or len(self._levels) >= LEVELS_KEPT:
                 self._levels_of, self._levels = scheduler, {}

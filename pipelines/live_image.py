@@ -25,8 +25,8 @@ from ..samplers.schedules import check_count
 from ..streaming import Chunk, Frame, ImageControl, Session
 from ..streaming.graphs import fastest_convolutions
 from ..streaming.types import Leaves
-from .inputs import leaves_out, look_at
-from .live_draw import ImageDrawer
+from .inputs import has_a_hole, leaves_out, look_at
+from .live_draw import USUAL_STRENGTH, ImageDrawer
 from .live_lanes import Arriving, Lane
 from .live_session import SourceSession, size_of
 from .live_state import DrawnFrom, LiveFrame, LiveImageState, from_leaves, to_leaves
@@ -126,6 +126,8 @@ class LiveImagePipeline(ImageDrawer):
         control = ImageControl(prompt, **settings)
         if source is None:
             return Session(self, control, generator=generator)
+        if control.strength is None:  # pictures are certain: refuse what leaves none of their steps
+            control = replace(control, strength=USUAL_STRENGTH)
         return SourceSession(self, control, generator=generator, source=source)
 
     @torch.no_grad()
@@ -186,7 +188,7 @@ class LiveImagePipeline(ImageDrawer):
                         flying.append(number)
                     else:
                         arrived = self._arrived(state)  # newer than what was shown last
-                        chunks[number] += arrived or [self._again(state, control, frame)]
+                        chunks[number] += arrived or [self._again(state, control.version, frame.time)]
                     continue
                 entering = self._enter(lane, state, control, frame)
                 if state.flying and len(state.flying[0].levels.steps) != len(entering.levels.steps):
@@ -196,8 +198,8 @@ class LiveImagePipeline(ImageDrawer):
             self._move_until_done(lane, [states[number] for number in alone], chunks, alone)
             self._tick(lane, [states[number] for number in flying], chunks, flying)
             for state, control, drawn in zip(states, controls, chunks):
-                state.picture = drawn[-1].data.clone() if drawn and control.skip_similar is not None else state.picture
-                state.picture = None if control.skip_similar is None else state.picture
+                if has_a_hole(state, control, drawn):
+                    drawn.append(self._again(state, state.shown_version, state.shown_time))
             return chunks
 
     @torch.no_grad()
@@ -206,7 +208,10 @@ class LiveImagePipeline(ImageDrawer):
         with self._sharing:
             chunks: list[list[Chunk]] = [[]]
             self._move_until_done(self.next_lane(), [state], chunks, [0])
-            return [*chunks[0], *self._arrived(state)]
+            drawn = [*chunks[0], *self._arrived(state)]
+            if drawn and state.picture is not None:
+                state.picture = drawn[-1].data.clone()
+            return drawn
 
     def save(self, state: LiveImageState) -> Leaves:
         with self._sharing:
@@ -304,9 +309,9 @@ class LiveImagePipeline(ImageDrawer):
         state.given += 1
         return Chunk("video", picture, state.given - 1, self.rate, version, when)
 
-    def _again(self, state: LiveImageState, control: ImageControl, frame: Frame) -> Chunk:
+    def _again(self, state: LiveImageState, version: int, when: float) -> Chunk:
         assert state.picture is not None, "the filter skips nothing before there is a picture to give again"
-        return self._handed_out(state, state.picture.clone(), control.version, frame.time)
+        return self._handed_out(state, state.picture.clone(), version, when)
 
     def _check_picture(self, frame: Frame | None, control: ImageControl) -> None:
         if frame is None:

@@ -56,11 +56,13 @@ class LiveImageState:
     told: tuple[Hashable, Told] | None = None  # the last prompt that was read, and so on
     seen: Tensor | None = None
     picture: Tensor | None = None
+    shown_version: int = 0
+    shown_time: float = field(default_factory=time.monotonic)
     flying: list[LiveFrame] = field(default_factory=list)
     arriving: list[tuple[Arriving, int, float]] = field(default_factory=list)  # drawn, on the way to the host
 
 
-PLAIN = {"seed": int, "frame": int, "given": int, "inputs": int, "skipped": int, "wish": str}
+PLAIN = dict.fromkeys(("seed", "frame", "given", "inputs", "skipped", "shown_version"), int) | {"wish": str}
 OPTIONAL = ("seen", "picture")
 FLYING = {"latents": Tensor, "reference": Tensor, "number": int, "step": int, "control": str, "drawn_from": str}
 

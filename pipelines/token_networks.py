@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import philox_normal, philox_uniform
 from ..models.token_transformer import TokenTransformer
 from ..samplers import Ask
-from ..samplers.tokens import places
+from ..samplers.tokens import places, take
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +40,9 @@ class CachedNetwork:
 
     def __call__(self, ask: Ask) -> Tensor:
         times = self.rows // ask.tokens.shape[0]
-        new = ask.new.repeat(times, 1)
-        tokens = ask.tokens.repeat(times, *[1] * (ask.tokens.ndim - 1))
-        index = new if tokens.ndim == 2 else new[..., None].expand(-1, -1, tokens.shape[2])
-        self.model.feed(tokens.gather(1, index), new, self.cache)
-        return self.model.predict(ask.targets.repeat(times, 1), self.cache)
+        new = repeated(ask.new, times)
+        self.model.feed(take(repeated(ask.tokens, times), new), new, self.cache)
+        return self.model.predict(repeated(ask.targets, times), self.cache)
 
 
 class MaskedNetwork:
@@ -72,6 +70,11 @@ class MaskedNetwork:
     ) -> None:
         if refresh < 1 or (budget is not None and budget < 1):
             raise ValueError(f"refresh and budget must be at least 1, got {refresh} and {budget}")
+        if model.config["attention"] == "lina" and (refresh > 1 or budget is not None):
+            raise ValueError(
+                f"linear attention keeps no keys that could be cached; take refresh=1 and no budget, got {refresh} "
+                f"and {budget}"
+            )
         self.model, self.cache, self.refresh, self.budget = model, model.begin(text), refresh, budget
         self.rows, self.asked = text.shape[0], 0
         self.left = model.tokens  # open places: a number the host knows, since `new` tells what was decided
@@ -82,16 +85,16 @@ class MaskedNetwork:
 
     def __call__(self, ask: Ask) -> Tensor:
         times = self.rows // ask.tokens.shape[0]
-        tokens, known, targets = (part.repeat(times, 1) for part in (ask.tokens, ask.known, ask.targets))
+        tokens, known, targets = (repeated(part, times) for part in (ask.tokens, ask.known, ask.targets))
         self.left -= ask.new.shape[1]
         active = self._active(ask, times)
         self.asked += 1
         output = self.model.predict_masked(tokens, known, self.cache, active)
         wide = active[..., None].expand_as(output)
         if self.outputs is None:
-            self.outputs = output.new_zeros(*tokens.shape, output.shape[-1])
+            self.outputs = output.new_zeros(*known.shape, output.shape[-1])
         self.outputs.scatter_(1, wide, output)
-        return self.outputs.gather(1, targets[..., None].expand(-1, -1, output.shape[-1]))
+        return take(self.outputs, targets)
 
     def _active(self, ask: Ask, times: int) -> Tensor:
         """The places to compute [rows, n], the same in both halves of a guided pair."""
@@ -104,4 +107,26 @@ class MaskedNetwork:
             density = ask.known.to(self.nearness) @ self.nearness
             best = (certainty * density).gather(1, opened).topk(self.budget, dim=1).indices
             opened = opened.gather(1, best)
-        return torch.cat([opened, ask.new], dim=1).repeat(times, 1)
+        return repeated(torch.cat([opened, ask.new], dim=1), times)
+
+
+def network_of(model: TokenTransformer, text: Tensor, refresh: int = 1) -> CachedNetwork | MaskedNetwork:
+    """The network of a model of any kind but "scales".
+
+    Raises:
+        ValueError: a `refresh` other than 1 of a model that caches exactly.
+    """
+    kind = model.config["kind"]
+    if kind == "masked":
+        return MaskedNetwork(model, text, refresh=refresh)
+    if refresh != 1:
+        raise ValueError(
+            f'refresh is for transformers of kind "masked"; this "{kind}" one computes no token twice and is exact as '
+            f"it is, so leave refresh at 1, got {refresh}"
+        )
+    return CachedNetwork(model, text)
+
+
+def repeated(part: Tensor, times: int) -> Tensor:
+    """`part` [B, ...] so many times one after the other: the halves of a guided pair are told the same."""
+    return part.repeat(times, *[1] * (part.ndim - 1))

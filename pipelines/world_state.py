@@ -59,11 +59,13 @@ class WorldState:
     wish: str = ""  # the control that the last picture was drawn under
     seen: Tensor | None = None  # that picture [3, H, W], if the next is compared with it
     picture: Tensor | None = None  # the last frame [3, H, W], if it may be given again
+    shown_version: int = 0  # what that one was drawn under
+    shown_time: float = field(default_factory=time.monotonic)  # and its time, which another process does not know
     flight: Flight | None = None
 
 
 KINDS: dict[str, type] = {
-    **dict.fromkeys(("seed", "frame", "given", "inputs", "skipped"), int),
+    **dict.fromkeys(("seed", "frame", "given", "inputs", "skipped", "shown_version"), int),
     **dict.fromkeys(("turn", "motion"), float),
     **dict.fromkeys(("prompt", "wish"), str),
     **dict.fromkeys(("latents", "seen", "picture"), Tensor),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..streaming import Chunk, Frame, WorldControl
 from ..streaming.types import Leaves
-from .inputs import leaves_out, strength_for
+from .inputs import has_a_hole, leaves_out, strength_for
 from .stream_batch import StreamBatch
 from .world_state import Flight, FlyingFrame, WorldState, from_leaves, to_leaves
 
@@ -93,7 +93,7 @@ class WorldStreams(StreamBatch):
                     if state.flight and state.flight.frames:
                         flying.append(state)  # what is under way comes first, so that time never runs backwards
                     else:
-                        chunks[state.row].append(self._again(state, control, frame))
+                        chunks[state.row].append(self._again(state, control.version, frame.time))
                 elif control.stream_batch:
                     chunks[state.row] += self.enter(state, self._flying(state, control, frame))
                     flying.append(state)
@@ -103,7 +103,8 @@ class WorldStreams(StreamBatch):
             for state, chunk in self._advance_jobs(jobs, flying):
                 chunks[state.row].append(chunk)
             for state, control in zip(states, controls):
-                self._keep(state, control, chunks[state.row])
+                if has_a_hole(state, control, chunks[state.row]):
+                    chunks[state.row].append(self._again(state, state.shown_version, state.shown_time))
         return [chunks[state.row] for state in states]
 
     def _advance_jobs(self, jobs: list[Job], flying: list[WorldState]) -> Iterator[tuple[WorldState, Chunk]]:
@@ -199,16 +200,9 @@ class WorldStreams(StreamBatch):
         """Nothing is steered that would move the view."""
         return not control.keys and not control.mouse[0] and abs(state.turn) < self.pixels_per_turn
 
-    def _again(self, state: WorldState, control: WorldControl, frame: Frame) -> Chunk:
+    def _again(self, state: WorldState, version: int, when: float) -> Chunk:
         assert state.picture is not None
-        return self.handed_out(state, state.picture.clone(), control.version, frame.time)
-
-    def _keep(self, state: WorldState, control: WorldControl, chunks: Sequence[Chunk]) -> None:
-        """Keep the last frame if it may be given again."""
-        if control.skip_similar is None:
-            state.picture = None
-        elif chunks:
-            state.picture = chunks[-1].data.clone()
+        return self.handed_out(state, state.picture.clone(), version, when)
 
     def _check_picture(self, picture: Tensor) -> None:
         """Called before any stream moves, so that one bad picture costs the others nothing."""

@@ -13,7 +13,7 @@ from .counts import Curve, curve_counts, even_counts, share_counts
 from .heads import Categorical
 from .orders import Confidence, RandomOrder, RasterOrder
 from .schedules import check_count
-from .tokens import Order, revealed_weights
+from .tokens import Head, Order, revealed_weights
 
 OrderName = Literal["random", "masked", "raster"]
 
@@ -23,12 +23,12 @@ class TokenPlan(NamedTuple):
 
     counts: list[int]
     order: Order
-    head: Categorical
+    head: Head
     guidance: list[float] | None
 
 
 class TokenSampler(SchedulerMixin, ConfigMixin):
-    """Decides discrete tokens. Has no state: one sampler serves any number of pictures.
+    """Decides tokens. Has no state: one sampler serves any number of pictures.
 
     Args:
         num_inference_steps: default number of steps; for order "raster" None means one token at a time.
@@ -38,6 +38,7 @@ class TokenSampler(SchedulerMixin, ConfigMixin):
         temperature, top_k, top_p: of the tokens, see `Categorical`.
         choice_temperature: of the order "masked", see `Confidence`.
         curve: of the order "random", see `curve_counts`; "cosine" leaves less to the last step than "arccos".
+        flow_steps: of continuous tokens, see `FlowTokens`.
 
     Raises:
         ValueError: any of them out of range.
@@ -54,11 +55,13 @@ class TokenSampler(SchedulerMixin, ConfigMixin):
         top_p: float = 1.0,
         choice_temperature: float = 4.5,
         curve: Curve = "arccos",
+        flow_steps: int = 25,
     ) -> None:
         Categorical(temperature, top_k, top_p)
         curve_counts(1, 1, curve)
         check_order(order)
         check_scale(guidance_scale)
+        check_count(flow_steps, "flow_steps")
         if num_inference_steps is not None:
             check_count(num_inference_steps, "num_inference_steps")
 

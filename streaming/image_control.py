@@ -12,7 +12,8 @@ from .types import Control, check_strength, lies_between
 class ImageControl(Control):
     """What a live image pipeline is asked for, of every picture anew.
 
-    - `strength`: share of the steps that a picture goes through: near 0 keeps it, 1 hardly looks at it.
+    - `strength`: share of the steps that a picture goes through: near 0 keeps it, 1 hardly looks at it. None is half of
+      them, and one at least; a stream with a source takes it as 0.5. What is drawn from words alone goes through all.
     - `num_inference_steps`: of which `strength` is a share; None takes the pipeline's own.
     - `guidance`: how the prompt is followed beyond the model's own way. "none"; "self" and "initialize" are residual
       guidance, which takes no second pass, or one at a frame's first step; "full" takes two passes at every step.
@@ -23,7 +24,7 @@ class ImageControl(Control):
     - `skip_similar`: as in `WorldControl`.
     """
 
-    strength: float = 0.5
+    strength: float | None = None
     num_inference_steps: int | None = None
     guidance: Literal["none", "self", "initialize", "full"] = "none"
     guidance_scale: float | None = None
@@ -34,7 +35,8 @@ class ImageControl(Control):
 
     def __post_init__(self) -> None:
         Control.__post_init__(self)
-        check_strength(self.strength)
+        if self.strength is not None:
+            check_strength(self.strength)
         steps = self.num_inference_steps
         if steps is not None and (not isinstance(steps, int) or not 1 <= steps <= 1000):
             raise ValueError(f"num_inference_steps must be a whole number from 1 to 1000, got {steps!r}")

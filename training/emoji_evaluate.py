@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..pipelines.image import ORDERS, ImagePipeline
+from ..pipelines.image import ImagePipeline
+from ..pipelines.image_ways import ORDERS
 from ..samplers.token_sampler import OrderName
 from .contact_sheet import contact_sheet
 from .emoji_codec import as_float, psnr

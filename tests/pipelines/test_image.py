@@ -191,6 +191,33 @@ def test_other_kinds_of_transformer_draw_too(kind: Kind, orders: list[Any]) -> N
             pipe("x", image=torch.rand(3, 16, 16), mask_image=torch.eye(16))
 
 
+@pytest.mark.parametrize("hole", [False, True])
+def test_a_masked_model_can_keep_what_was_decided(monkeypatch: pytest.MonkeyPatch, hole: bool) -> None:
+    """refresh=1 is a call without it; more computes fewer tokens, and what comes out is near."""
+    pipe = pipeline("masked", num_inference_steps=8)
+    mask = torch.ones(16, 16)
+    mask[:4] = 0
+    given: dict[str, Any] = {"num_images_per_prompt": 8, "output_type": "latent"}
+    given |= {"image": torch.rand(3, 16, 16, generator=seeded(5)), "mask_image": mask} if hole else {}
+    computed: list[int] = []
+    predict = pipe.transformer.predict_masked
+
+    def counted(*inputs: Any) -> Tensor:
+        computed.append(inputs[3].shape[1])
+        return predict(*inputs)
+
+    monkeypatch.setattr(pipe.transformer, "predict_masked", counted)
+    drawn = {refresh: pipe("an apple", refresh=refresh, generator=seeded(0), **given).images for refresh in (1, 2, 8)}
+    every, half, once = computed[:8], computed[8:16], computed[16:]
+    assert every == [16] * 8
+    assert half[::2] == [16] * 4, "every second step computes everything"
+    assert sum(once) < sum(half) < sum(every)
+    assert torch.equal(drawn[1], pipe("an apple", generator=seeded(0), **given).images)
+    share = [float((drawn[refresh] == drawn[1]).float().mean()) for refresh in (2, 8)]
+    assert min(share) > 0.9
+    assert share[1] < 1, "a test that sees no error sees nothing"
+
+
 def test_guidance_is_a_batch_of_two_and_none_is_one(pipe: ImagePipeline) -> None:
     one = pipe("an apple", guidance_scale=1.0, generator=seeded(2), output_type="latent").images
     same = pipe("an apple", guidance_scale=5.0, negative_prompt="an apple", generator=seeded(2), output_type="latent")
@@ -239,6 +266,8 @@ def test_mistakes_are_told(pipe: ImagePipeline) -> None:
         (ValueError, "array of uint8 or floats", {"image": np.zeros((8, 8, 3), int), "mask_image": torch.eye(8)}),
         (TypeError, "negative_prompt must be one text", {"negative_prompt": ["a", "b"]}),
         (ValueError, "guidance_scale must be at least 1", {"guidance_scale": 0.0}),
+        (ValueError, "refresh must be a whole number of at least 1, got 0", {"refresh": 0}),
+        (ValueError, '"two_pass" one computes no token twice and is exact as it is', {"refresh": 2}),
     ]:
         with pytest.raises(error, match=message):
             pipe("an apple", **given)

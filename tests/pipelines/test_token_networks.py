@@ -147,6 +147,8 @@ def test_a_budget_computes_fewer_places_and_still_decides_all() -> None:
     assert all(n <= 6 + new for n, new in zip(computed[1:], counts))
     with pytest.raises(ValueError, match="refresh and budget must be at least 1, got 0 and None"):
         MaskedNetwork(net, text(), refresh=0)
+    with pytest.raises(ValueError, match="linear attention keeps no keys that could be cached"):
+        MaskedNetwork(model("masked", attention="lina", learned_positions=True), text(), refresh=2)
 
 
 @torch.no_grad()
@@ -234,15 +236,20 @@ def test_next_scale_prediction_from_model_to_picture() -> None:
     assert torch.equal(Categorical().invert(logits, DRAWS.uniform(2, 1, (16,))), steps[2].tokens)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("two_pass", {}), ("masked", {}), ("masked", {"attention": "lina", "learned_positions": True})],
+)
 @torch.no_grad()
-def test_continuous_tokens_by_a_flow_head() -> None:
-    """MAR whole: the same loop over vectors, with the frame codec's latents in mind; guidance inside the flow."""
-    net, head = model("two_pass", token_channels=6), FlowHead(channels=6, condition_dim=32, dim=16, layers=1)
+def test_continuous_tokens_by_a_flow_head(kind: Kind, changes: dict[str, Any]) -> None:
+    """MAR and LINA whole: the same loop over vectors, with the frame codec's latents in mind; guidance in the flow."""
+    net = model(kind, token_channels=6, **changes)
+    head = FlowHead(channels=6, condition_dim=32, dim=16, layers=1)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     weights = [ConstantWeight(2.0)(step, 4) for step in range(4)]
     tokens = decode(
-        CachedNetwork(net, text(2 * B)),
+        (MaskedNetwork if kind == "masked" else CachedNetwork)(net, text(2 * B)),
         torch.zeros(B, N, 6),
         BLANK[1],
         counts=curve_counts(N, 4, "cosine"),

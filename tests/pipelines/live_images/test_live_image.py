@@ -179,10 +179,45 @@ def test_the_filter_shows_what_arrives_late(stable_diffusion: StableDiffusionImg
     with late.stream("a fox", strength=0.25, skip_similar=0.6, generator=seeded()) as session:
         inputs = [first] * 3 + [second] * 5
         shown = [session.step(ms.Frame(picture, float(number))) for number, picture in enumerate(inputs)]
-    assert [len(chunks) for chunks in shown] == [0, 1, 1, 0, 1, 1, 1, 1]
+    assert [len(chunks) for chunks in shown] == [0, 1, 1, 1, 1, 1, 1, 1]
     old, new = shown[2][0].data, shown[4][0].data
+    assert torch.equal(shown[3][0].data, old), "the last one is shown until the new one arrives"
     assert (new - old).abs().max() > 1e-3
     assert all(torch.equal(chunks[0].data, new) for chunks in shown[5:])
+
+
+def test_a_scene_that_begins_to_move_leaves_no_hole(live: LiveImagePipeline) -> None:
+    """Three frames are under way together; while the first of them is, the viewer sees the last picture."""
+    still, *moving = pictures(6)
+    inputs = [still] * 6 + moving + [moving[-1]] * 4
+    with live.stream("a fox", strength=0.75, skip_similar=0.6, generator=seeded()) as session:
+        shown = [session.step(ms.Frame(picture, float(number))) for number, picture in enumerate(inputs)]
+        assert session.flush() == []
+    assert [len(chunks) for chunks in shown] == [0, 0] + [1] * 13
+    chunks = [chunk for each in shown for chunk in each]
+    assert [chunk.start for chunk in chunks] == list(range(13))
+    times = [chunk.time for chunk in chunks]
+    assert times == [0.0, 1.0, 2.0, 5.0, 5.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 13.0, 14.0], "it is as old as it was"
+    assert all(torch.equal(chunk.data, chunks[2].data) for chunk in chunks[2:6])
+    plain = run(live, [still] * 3 + moving, strength=0.75)
+    torch.testing.assert_close(together([*chunks[:3], *chunks[6:11]]), together(plain), rtol=0, atol=1e-5)
+
+
+def test_words_alone_go_through_all_steps(stable_diffusion: StableDiffusionImg2ImgPipeline) -> None:
+    one = LiveImagePipeline.from_diffusers(stable_diffusion, num_inference_steps=1)
+    four = LiveImagePipeline.from_diffusers(stable_diffusion, num_inference_steps=4)
+    picture = pictures(1)[0]
+    for live, settings in ((one, {}), (four, {}), (four, {"strength": 0.25})):
+        assert torch.equal(together(run(live, [None], **settings)), together(run(live, [None], strength=1.0)))
+    for live, usual in ((one, 1.0), (four, 0.5)):
+        assert torch.equal(together(run(live, [picture])), together(run(live, [picture], strength=usual)))
+
+    class Film:
+        def read(self) -> ms.Frame: ...
+
+    assert four.stream("a fox", source=Film()).control.strength == 0.5
+    with pytest.raises(ValueError, match=r"strength 0.5 of 1 steps leaves none; take 1 or more"):
+        one.stream("a fox", source=Film())
 
 
 @pytest.mark.parametrize("part", ["move", "decode"])
