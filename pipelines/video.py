@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, ClassVar
 
 import torch
@@ -95,6 +95,7 @@ class VideoPipeline(ManneredStreamer):
         self._sharing = RLock()  # sessions may run on threads of their own, and share the arena and the codecs' scratch
         self._read: OrderedDict[str, Tensor] = OrderedDict()
         self._asked: set[str] = set()
+        self._knowing, self._reading = Lock(), RLock()
         self._encoder = WanEncoder(vae)
         self._decoder = WanDecoder(vae, self.recipe.chunk) if decoder is None else decoder
         self.register_to_config(recipe=as_config(self.recipe), size=list(size), rate=rate, text_length=text_length)
@@ -247,12 +248,12 @@ class VideoPipeline(ManneredStreamer):
     # What a session asks for (`Streamable`).
 
     def check(self, control: VideoControl) -> None:
-        """Refuse prompts that cannot be read."""
+        """Refuse prompts that cannot be read, by reading them: on the thread that steers, so that no step waits."""
         if any("\ud800" <= character <= "\udfff" for character in control.prompt):
             raise ValueError("the prompt holds half a character (a lone surrogate); send it as UTF-8")
         if self.is_game:
             self.check_game(control)
-        elif self.text_encoder is None:
+        else:
             self.read_prompt(control.prompt)
 
     @torch.no_grad()
@@ -268,6 +269,9 @@ class VideoPipeline(ManneredStreamer):
         for control, frame in zip(controls, media):
             if frame is not None:
                 self.check_input(control, frame.data)
+        for state, control in zip(states, controls):  # many others may have been read since `check`
+            if control.prompt != state.prompt and not self.is_game:
+                self.read_prompt(control.prompt)
         drawn = []
         for state, control, frame in zip(states, controls, media):
             with self._sharing:

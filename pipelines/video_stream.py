@@ -59,17 +59,18 @@ class VideoStreamer(VideoDrawer):
         """
         self._check_idle("move")
         self._arena = self._still = None
-        reader = self.text_encoder if self.preset.text_on_host else None
-        if reader is None:
-            return super().to(*args, **kwargs)
-        self.register_modules(text_encoder=None)
-        try:
-            super().to(*args, **kwargs)
-        finally:
-            self.register_modules(text_encoder=reader)
-        for dtype in [each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)]:
-            reader.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]  (wrapped)
-        return self
+        with self._reading:
+            reader = self.text_encoder if self.preset.text_on_host else None
+            if reader is None:
+                return super().to(*args, **kwargs)
+            self.register_modules(text_encoder=None)
+            try:
+                super().to(*args, **kwargs)
+            finally:
+                self.register_modules(text_encoder=reader)
+            for dtype in [each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)]:
+                reader.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]  (wrapped)
+            return self
 
     def fresh(self, seed: int) -> VideoState:
         """A stream with nothing in it; the arena follows the weights to another device while nothing runs."""
@@ -115,7 +116,9 @@ class VideoStreamer(VideoDrawer):
                 chunks += [self.shown(state, each, when) for each in self.complete(state)]
                 if self._caller is not None:  # what was just decoded is not to be overwritten
                     torch.cuda.current_stream(self.arena.device).wait_stream(self._caller)
-            text = self.read_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
+            text = state.text if state.target is None else state.target
+            if text is None or control.prompt != state.prompt:
+                text = self.read_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
             if switch == "lerp":
                 state.origin, state.target, state.blend = state.text, text, 0
             else:
