@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5EncoderModel
 
 from ..models.checkpoints import load_text_encoder, load_transformer, load_vae
-from ..models.checkpoints.files import INDEX, named_tensors, read_index, read_json, read_weights
+from ..models.checkpoints.files import INDEX, first_line, named_tensors, read_index, read_json, read_weights
 from ..models.checkpoints.load import fill, need_ranks
 from ..models.tiny_vae import TinyVideoDecoder
 from ..models.transformer import CausalTransformer3DModel
@@ -67,7 +67,6 @@ def load_components(
         transformer = load_transformer(checkpoint, family=config, lora=lora, **how)
     vae = load_vae(need(found, "vae", folder), **how)
     reads = "text_encoder" in found
-    sees = "image_encoder" in found and not headers_only
     tokenizer = need(found, "tokenizer", folder) if reads else None
     return {
         **{name: saved[name] for name in ("size", "rate", "text_length") if name in saved},
@@ -75,12 +74,25 @@ def load_components(
         "vae": vae,
         "text_encoder": load_text_encoder(found["text_encoder"], **how) if reads else None,
         "tokenizer": AutoTokenizer.from_pretrained(tokenizer) if tokenizer and not headers_only else None,
-        "image_encoder": CLIPVisionModel.from_pretrained(found["image_encoder"], torch_dtype=torch_dtype)
-        if sees
-        else None,
+        "image_encoder": load_image_encoder(found["image_encoder"], **how) if "image_encoder" in found else None,
         "recipe": chosen,
         "decoder": _load_decoder(folder, decoder, how),
     }
+
+
+def load_image_encoder(
+    folder: Path, *, torch_dtype: torch.dtype | None = None, headers_only: bool = False
+) -> CLIPVisionModel:
+    """CLIP, as transformers saves it. ValueError if its folder is incomplete or damaged."""
+    try:
+        if not headers_only:
+            return CLIPVisionModel.from_pretrained(folder, torch_dtype=torch_dtype)
+        config = CLIPVisionConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = CLIPVisionModel(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder} holds no image encoder that can be read: {first_line(error)}") from None
+    return model.to(torch_dtype or config.dtype or torch.float32)
 
 
 def _load_decoder(folder: Path, given: str | Path | None, how: dict[str, Any]) -> TinyVideoDecoder | None:

@@ -124,8 +124,10 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = local_folder(arguments.model, transformer=arguments.checkpoint is None)
     class_of(folder)  # says so if the index is damaged
     chosen = load_arguments(arguments, pick_device("auto"))
-    pipe, plan = plan_for(folder, **chosen)
-    plans = {name: plan_for(folder, **chosen | {"preset": name})[1] for name in PRESETS}
+    streams = arguments.streams or 1
+    pipe, plan = plan_for(folder, streams=streams, **chosen)
+    plans = {name: plan_for(folder, streams=streams, **chosen | {"preset": name})[1] for name in PRESETS}
+    reader = "image_encoder" if pipe.is_game else "text_encoder"
     weights = arguments.checkpoint or find_parts(folder)["transformer"]
     return {
         "folder": str(folder),
@@ -136,7 +138,8 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
         "recipe": as_config(pipe.recipe),
         "size": list(pipe.size),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "absent": [part for part in ("text_encoder", "decoder") if getattr(pipe, part) is None],
+        "absent": [part for part in (reader, "decoder") if getattr(pipe, part) is None],
+        "streams": streams,
         "preset": pipe.preset.name,
         "presets": {name: each.as_json() for name, each in plans.items()},
         "plan": plan.as_json(),
@@ -155,8 +158,8 @@ def as_text(report: dict[str, Any]) -> str:
         *([f"note: {recipe['note']}"] if recipe["note"] else []),
         *([f"without {', '.join(report['absent'])}"] if report["absent"] else []),
         "",
-        f"memory at {report['size'][0]} x {report['size'][1]} in {report['dtype']}, preset {report['preset']}, for one "
-        "stream:",
+        f"memory at {report['size'][0]} x {report['size'][1]} in {report['dtype']}, preset {report['preset']}, for "
+        f"{'one stream' if report['streams'] == 1 else str(report['streams']) + ' streams'}:",
         report["plan_text"],
         "",
         *(_preset_line(name, each) for name, each in report["presets"].items()),
@@ -180,6 +183,7 @@ def _preset_line(name: str, plan: dict[str, Any]) -> str:
     host = sum(plan["host"].values())
     without = plan["without_text_encoder"]
     more = f", {without / 1e9:.2f} GB once the text encoder is dropped" if without < plan["total"] else ""
+    more += f", {plan['with_inputs'] / 1e9:.2f} GB with image= or video=" if plan["with_inputs"] > plan["total"] else ""
     more += f", and {host / 1e9:.2f} GB on the host" if host else ""
     return f"--preset {name}: {plan['total'] / 1e9:.2f} GB{more}"
 

@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)}); fetch it again") from None
+        raise ValueError(f"{path} is damaged ({first_line(error)}); fetch it again") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not settings by name; fetch it again")
     return found
@@ -150,15 +150,16 @@ def _read_torch(path: Path, headers_only: bool, *, mapped: bool) -> dict[str, An
         stored = torch.load(path, map_location=place, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, which could run code, and is refused ({_first_line(error)}); take "
+            f"{path} holds more than tensors, which could run code, and is refused ({first_line(error)}); take "
             "safetensors, or save its tensors again from a place you trust"
         ) from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}; fetch it again") from None
+        raise ValueError(f"{path} is damaged or no checkpoint: {first_line(error)}; fetch it again") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, not tensors by name")
     return stored
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without what it says at length."""
     return (str(error).splitlines() or [type(error).__name__])[0]

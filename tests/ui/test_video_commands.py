@@ -55,10 +55,23 @@ def test_info_tells_what_every_preset_takes(folder, capsys):
     assert "preset small, for one stream" in told
     assert "text_encoder, on the host" in told
     assert "--preset exact: 0.00 GB, 0.00 GB once the text encoder is dropped" in told
-    assert "--preset small: 0.00 GB, and 0.00 GB on the host" in told
+    assert "--preset small: 0.00 GB, 0.00 GB with image= or video=, and 0.00 GB on the host" in told
     assert cli.main(["info", "--model", str(folder), "--json"]) == 0
     plans = json.loads(capsys.readouterr().out)["presets"]
     assert plans["small"]["kv"] < plans["exact"]["kv"] == plans["fast"]["kv"]
+
+
+def test_info_plans_for_several_streams(folder, capsys):
+    plans = []
+    for words in ([], ["--streams", "3"]):
+        assert cli.main(["info", "--model", str(folder), "--json", *words]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["plan"])
+    assert plans[1]["kv"] == 4 * plans[0]["kv"], "rows double"
+    assert plans[1]["with_inputs"] > plans[1]["total"] > plans[0]["total"]
+    assert cli.main(["info", "--model", str(folder), "--streams", "3"]) == 0
+    assert "preset exact, for 3 streams:" in capsys.readouterr().out
+    assert cli.main(["info", "--streams", "3"]) == 2
+    assert "--streams is about a video model" in capsys.readouterr().err
 
 
 def test_info_says_what_is_missing(folder, capsys, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from ..machine import machine, versions
 from ..video import VIDEO_OPTIONS, add_video_options, describe
 from ..video import as_text as describe_as_text
-from ..world import shipped_models
+from ..world import positive_integer, shipped_models
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
@@ -19,6 +19,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("info", help="this machine, versions, shipped models and the memory each needs")
     parser.add_argument("--model", help="tell of this video model instead: what it is, what is missing, its memory")
     add_video_options(parser)
+    parser.add_argument(
+        "--streams", type=positive_integer, help="streams at once that memory is planned for (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -29,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = describe(arguments)
         print(json.dumps(report, indent=2) if arguments.json else describe_as_text(report))
         return 0
-    for option in ("preset", "size", "dtype", *VIDEO_OPTIONS):
+    for option in ("preset", "size", "dtype", "streams", *VIDEO_OPTIONS):
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option} is about a video model; say which with --model")
     models = {name: measure(folder) for name, folder in shipped_models(kind=None).items()}

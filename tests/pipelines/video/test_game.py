@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from millstream.kernels import philox_normal
 from millstream.models.actions import Inputs
 from millstream.models.transformer import CausalTransformer3DModel
-from millstream.pipelines.memory import memory_plan
+from millstream.pipelines.memory import memory_plan, plan_for, weight_bytes
 from millstream.pipelines.video import VideoPipeline
 from millstream.pipelines.video_actions import BUTTONS, GREY
 
@@ -199,3 +199,17 @@ def test_its_plan_of_memory_is_what_it_takes_and_warming_up_draws_for_nobody(gam
         session.step()
         assert plan.kv == pipe.arena.cache.bytes
         assert plan.prompts == sum(part.nbytes for layer in pipe.arena.text for part in layer)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_its_plan_counts_clip_before_anything_is_loaded(game, tmp_path, dtype):
+    game().save_pretrained(tmp_path)
+    empty, plan = plan_for(tmp_path, torch_dtype=dtype)
+    loaded = VideoPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert empty.image_encoder.device.type == "meta"
+    assert plan.weights["image_encoder"] == weight_bytes(loaded.image_encoder) > 0
+    assert plan == memory_plan(loaded)
+    assert plan.inputs == {}, "its picture is part of every stream"
+    (tmp_path / "image_encoder" / "config.json").write_text("{bad")
+    with pytest.raises(ValueError, match="image_encoder holds no image encoder that can be read"):
+        plan_for(tmp_path)
