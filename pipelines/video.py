@@ -40,6 +40,7 @@ from .video_output import (
     as_picture,
     joined,
 )
+from .video_saved import check_saved, made_by
 from .video_state import VideoState, to_leaves
 
 FIXED = ("recipe", "text_length", "preset")
@@ -288,10 +289,12 @@ class VideoPipeline(ManneredStreamer):
 
     def save(self, state: VideoState) -> Leaves:
         with self._sharing, self.apart():
-            return to_leaves(state, [self.arena.cache.snapshot(row) for row in state.rows])
+            memory = [self.arena.cache.snapshot(row) for row in state.rows]
+            return to_leaves(state, memory) | {"made": made_by(self)}
 
     @torch.no_grad()
     def load(self, leaves: Leaves) -> VideoState:
+        check_saved(self, leaves)
         with self._sharing:
             state = self.fresh(0)
             try:
