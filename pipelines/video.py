@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from typing_extensions import Self
 
+from ..models.stream_codec import PICTURES_PER_LATENT
 from ..models.tiny_vae import TinyVideoDecoder
 from ..models.transformer import CausalTransformer3DModel
 from ..models.wan_vae import WanDecoder, WanEncoder
@@ -188,7 +189,8 @@ class VideoPipeline(ManneredStreamer):
         Args:
             prompt: what is seen.
             image: what the first picture shows: a PIL image, an array [H, W, 3] or a tensor [3, H, W].
-            video: pictures to redraw, of the same kinds; `num_frames` is then at most what they make.
+            video: pictures to redraw, of the same kinds; `num_frames` is then at most what they make. Where there is an
+                `image` too, it stands in the place of the first of them.
             strength: how far `video` is redrawn, from 0 (kept) to 1 (ignored).
             timeline: what `prompt` becomes, and when.
             height, width: in pixels; as the pipeline is by default.
@@ -222,7 +224,8 @@ class VideoPipeline(ManneredStreamer):
                     if callback_on_step_end is not None:
                         callback_on_step_end(self, len(pictures) - 1, 0, {"frames": chunk.data})
         if not pictures:
-            raise ValueError(f"the video is too short: a chunk takes {4 * self.recipe.chunk - 3} pictures at first")
+            least = self.pictures_per_chunk + (1 if image is not None else 1 - PICTURES_PER_LATENT)
+            raise ValueError(f"the video is too short: a chunk takes {least} pictures at first")
         drained = joined(latents, 1) if output_type == "latent" else joined(pictures, 0)[:num_frames]
         clip = drained if output_type == "latent" else as_output(drained, output_type)
         return VideoPipelineOutput(frames=clip) if return_dict else (clip,)

@@ -188,11 +188,15 @@ class VideoStreamer(VideoDrawer):
 
     def take_in(self, state: VideoState, picture: Tensor) -> Tensor | None:
         """Encode the next picture [3, H, W] of an input: the latents of a chunk [C, F, h, w] once they are complete."""
-        if state.encoding is None:
-            state.encoding = self._encoder.begin(*self.size)
         if self.recipe.motion:
             state.fastest = max(state.fastest, difference(picture, state.seen))
             state.seen = picture
+        if state.encoding is None:
+            state.encoding = self._encoder.begin(*self.size)
+            if state.shot:  # which has its first frame: all that come now stand for 4 pictures each
+                self._encoder.encode(picture[None, None].to(self.arena.device), state.encoding)
+                if state.still is not None:
+                    return None  # the picture that the stream starts from stands in this one's place
         latents = self._encoder.encode(picture[None, None].to(self.arena.device), state.encoding)[0].float()
         if state.waiting is not None:
             latents = torch.cat([state.waiting, latents], dim=1)
@@ -208,7 +212,11 @@ class VideoStreamer(VideoDrawer):
 
     @property
     def pictures_per_chunk(self) -> int:
-        """Pictures of an input that a chunk takes; the first chunk of a stream takes `PICTURES_PER_LATENT` - 1 less."""
+        """Pictures of an input that a chunk takes.
+
+        The first chunk of a stream takes `PICTURES_PER_LATENT` - 1 less; or 1 more where the stream starts from a
+        picture, which stands in the place of the input's first.
+        """
         return PICTURES_PER_LATENT * self.recipe.chunk
 
     def shown(self, state: VideoState, done: Finished, when: float) -> Chunk:

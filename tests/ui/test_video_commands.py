@@ -131,6 +131,16 @@ def test_run_redraws_every_picture_of_a_video(folder, tmp_path, capsys, pictures
     assert len(list(VideoFile(tmp_path / "out.mp4"))) == pictures
 
 
+@pytest.mark.parametrize("pictures", [1, 12, 20])
+def test_run_redraws_a_video_behind_a_picture_one_for_one(folder, tmp_path, capsys, pictures):
+    from PIL import Image
+
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "start.png")
+    words = ("--video", film(tmp_path / "film.mp4", pictures), "--image", tmp_path / "start.png", "--strength", 0.5)
+    assert run(folder, *words, "-o", tmp_path / "out.mp4") == 0
+    assert f"out.mp4: {pictures} frames" in capsys.readouterr().out
+
+
 def test_run_keeps_the_tempo_of_a_video_and_stops_where_it_is_told(folder, tmp_path, capsys):
     words = ("--video", film(tmp_path / "film.mp4", 60, rate=30), "--strength", 0.5, "-o", tmp_path / "out.mp4")
     assert run(folder, *words) == 0
