@@ -120,7 +120,6 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..pipelines.recipes import as_config
     from ..pipelines.video_load import find_parts, local_folder
 
-    refuse_file(arguments.model)
     folder = local_folder(arguments.model, transformer=arguments.checkpoint is None)
     class_of(folder)  # says so if the index is damaged
     chosen = load_arguments(arguments, pick_device("auto"))
