@@ -16,9 +16,17 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 from ..streaming import Session, VideoControl
+
+
+class Script(Protocol):
+    """What steers a session as its video goes on."""
+
+    def follow(self, session: Session[Any, Any]) -> Callable[[float], None]:
+        """What is called with the seconds at which the session's next chunk begins, before every chunk."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

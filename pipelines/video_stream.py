@@ -15,7 +15,7 @@ from ..models.stream_codec import PICTURES_PER_LATENT
 from ..streaming import Chunk, Frame, Session, VideoControl
 from ..streaming.types import Leaves, Switch, stronger
 from .inputs import FULL_MOTION, NEW_MOTION
-from .timeline import Timeline
+from .timeline import Script
 from .video_draw import VideoDrawer
 from .video_state import Finished, VideoState, from_leaves, part
 
@@ -251,7 +251,7 @@ class VideoStreamer(VideoDrawer):
         session: Session[VideoState, VideoControl],
         num_frames: int,
         media: Iterator[Tensor] | None = None,
-        timeline: Timeline | None = None,
+        timeline: Script | None = None,
     ) -> Iterator[Sequence[Chunk]]:
         """Step `session` until so many pictures are begun or `media` [3, H, W] end, then finish what is under way.
 

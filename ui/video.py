@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .machine import machine
+from .video_keys import Walk
 from .world import attend_as, pick_device, refuse_file, shipped_models
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from ..pipelines.timeline import Timeline
+    from ..pipelines.timeline import Script
     from ..pipelines.video import VideoPipeline
     from ..streaming import Chunk, Recorder, Session, VideoControl, VideoFile
 
@@ -199,7 +200,7 @@ def load_video(arguments: argparse.Namespace) -> VideoPipeline:
 
 
 def run_video(arguments: argparse.Namespace) -> int:
-    """Draw a clip of a video model into a file, from words, a picture or another video.
+    """Draw a clip of a video model into a file, from words, a picture or another video, or a walk by a key script.
 
     Raises:
         FileNotFoundError, ValueError: what is wrong with the files, the model or the length; no frame was drawn.
@@ -217,10 +218,13 @@ def run_video(arguments: argparse.Namespace) -> int:
             raise FileNotFoundError(f"there is no file {path}")
     if arguments.strength is not None and arguments.video is None:
         raise ValueError("--strength is how far --video is redrawn; give a video too")
-    timeline = None if arguments.timeline is None else Timeline.load(arguments.timeline)
+    script: Script | None = None if arguments.timeline is None else Timeline.load(arguments.timeline)
+    prompt = script.prompt if isinstance(script, Timeline) else arguments.prompt or ""
     start = None if arguments.image is None else read_picture(arguments.image)
     video = None if arguments.video is None else VideoFile(arguments.video)
     pipe = load_video(arguments)
+    if pipe.is_game:
+        script = Walk.through(pipe, "KeyW" if arguments.keys is None else arguments.keys)
     total = length_of(arguments, pipe.rate)
     unasked = 1.0 if video is None else VIDEO_STRENGTH
     settings = {
@@ -231,13 +235,13 @@ def run_video(arguments: argparse.Namespace) -> int:
     with (
         Recorder(arguments.output, rate=pipe.rate) as recorder,
         tqdm(total=total, unit="frame") as progress,
-        pipe.stream(arguments.prompt if timeline is None else timeline.prompt, **settings) as session,
+        pipe.stream(prompt, **settings) as session,
     ):
         if video is None:
             assert total is not None, "only a video has a length of its own"
-            drawn = pipe.drain(session, total, timeline=timeline)
+            drawn = pipe.drain(session, total, timeline=script)
         else:
-            drawn = redraw(pipe, session, video, total, timeline)
+            drawn = redraw(pipe, session, video, total, script)
         for chunks in drawn:
             for chunk in chunks:
                 write_up_to(recorder, chunk, total)
@@ -263,7 +267,7 @@ def redraw(
     session: Session[Any, VideoControl],
     video: VideoFile,
     total: int | None,
-    timeline: Timeline | None,
+    timeline: Script | None,
 ) -> Iterator[Sequence[Chunk]]:
     """What `session` makes of `video`, read at the pipeline's rate: one frame for each picture, at most `total`."""
     from ..streaming import Frame, fit

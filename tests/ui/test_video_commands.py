@@ -175,7 +175,7 @@ def test_what_is_no_picture_or_video_is_refused_in_a_sentence(folder, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--keys", "KeyW"], "--keys is for worlds; this model is none of them"),
+        (["--keys", "KeyW"], "--keys is for worlds and video models that are played; this model is none of them"),
         (["--steps", "3"], "--steps is for worlds"),
         (["--strength", "0"], "--strength is how far --video is redrawn"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -27,32 +29,33 @@ CONFIG = {
 }
 
 
+def make_game(parts, buttons=4, **settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        modules = MODULES | {"keyboard_dim_in": buttons, "rope_dim_list": [8, 4, 4], "enable_mouse": buttons != 7}
+        transformer = CausalTransformer3DModel(**CONFIG, action_modules=modules).eval()
+        for name, parameter in transformer.named_parameters():
+            if "action_model.proj" in name or "proj_out.weight" in name:
+                parameter.data.mul_(3.0)
+        clip = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            )
+        ).eval()
+    others = {"recipe": "matrix_game_2", "size": (16, 32), "image_encoder": clip}
+    pipe = VideoPipeline(transformer, parts()["vae"], None, None, **others | settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def game(parts):
-    def made(buttons=4, **settings):
-        with torch.random.fork_rng():
-            torch.manual_seed(2)
-            modules = MODULES | {"keyboard_dim_in": buttons, "rope_dim_list": [8, 4, 4], "enable_mouse": buttons != 7}
-            transformer = CausalTransformer3DModel(**CONFIG, action_modules=modules).eval()
-            for name, parameter in transformer.named_parameters():
-                if "action_model.proj" in name or "proj_out.weight" in name:
-                    parameter.data.mul_(3.0)
-            clip = CLIPVisionModel(
-                CLIPVisionConfig(
-                    hidden_size=16,
-                    intermediate_size=24,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    image_size=28,
-                    patch_size=14,
-                )
-            ).eval()
-        others = {"recipe": "matrix_game_2", "size": (16, 32), "image_encoder": clip}
-        pipe = VideoPipeline(transformer, parts()["vae"], None, None, **others | settings)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return made
+    return partial(make_game, parts)
 
 
 @pytest.fixture
