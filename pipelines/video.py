@@ -31,7 +31,7 @@ from .presets import Preset, apply_preset, find_preset, refuse_saving
 from .recipes import Recipe, as_config, find_recipe
 from .timeline import Timeline
 from .video_actions import new_control
-from .video_load import check_parts, load_components
+from .video_load import check_parts, check_settings, load_components
 from .video_manners import ManneredStreamer
 from .video_output import (
     OutputType,
@@ -89,7 +89,8 @@ class VideoPipeline(ManneredStreamer):
         self.register_modules(image_encoder=image_encoder)
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
         self.preset = find_preset(preset)
-        check_parts(transformer, vae, text_encoder, decoder)
+        check_parts(transformer, vae, text_encoder, decoder, tokenizer)
+        check_settings(size, rate, text_length)
         apply_preset(self.preset, transformer, text_encoder)
         self._arena = self._still = self._beside = self._caller = None
         self.overlap = False  # decode a chunk while the next is drawn: see `video_ahead`
