@@ -80,9 +80,12 @@ class CodecState:
             if not isinstance(value, Tensor) or value.shape != buffer.shape:
                 seen = tuple(value.shape) if isinstance(value, Tensor) else value
                 raise ValueError(f"the saved codec state has {name} = {seen}, this one needs {tuple(buffer.shape)}")
+        frames = saved.get("frames")
+        if not isinstance(frames, int) or frames < 0:
+            raise ValueError(f"the saved codec state has frames = {frames!r}, it must say how many it has taken")
         for name, buffer in self.buffers.items():
             buffer.copy_(saved[name])  # pyright: ignore[reportArgumentType]
-        self.frames = int(saved["frames"])
+        self.frames = frames
 
 
 class StreamCodec:

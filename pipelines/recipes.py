@@ -9,9 +9,11 @@ becomes of the past when it is full. How that is done is the same for all of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from ..samplers.schedules import warp
@@ -68,6 +70,7 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
         steps = self.timesteps
         if not steps or not all(0 < t <= 1000 for t in steps) or not all(a > b for a, b in pairwise(steps)):
@@ -125,6 +128,35 @@ class Recipe:
         ]
 
 
+WHOLE = {"chunk": 1, "window": 1, "sinks": 0, "overlap": 0, "units": 1, "blend": 1}  # and the least that each may be
+NUMBERS = ("shift", "context_timestep", "motion", "told_less")
+
+
+def _check_kinds(recipe: Recipe) -> None:
+    """ValueError for values of the wrong kind, which a file may hold."""
+    steps = recipe.timesteps
+    if not isinstance(steps, Sequence) or isinstance(steps, str) or not all(map(_is_number, steps)):
+        raise ValueError(f"timesteps must be a list of numbers, got {steps!r}")
+    for name, least in WHOLE.items():
+        value = getattr(recipe, name)
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+    for name in NUMBERS:
+        value = getattr(recipe, name)
+        if not _is_number(value) or value < 0:
+            raise ValueError(f"{name} must be a number from 0 on, got {value!r}")
+    for name, kind in (("name", str), ("note", str), ("warped", bool)):
+        value = getattr(recipe, name)
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be {'true or false' if kind is bool else 'words'}, got {value!r}")
+    if recipe.position not in ("absolute", "sink"):
+        raise ValueError(f"position must be absolute or sink, got {recipe.position!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 SELF_FORCING_STEPS = (1000, 750, 500, 250)
 
 RECIPES: dict[str, Recipe] = {}
@@ -142,12 +174,19 @@ def find_recipe(recipe: Recipe | str | Mapping[str, Any]) -> Recipe:
     """A recipe itself, by name, or from what a saved pipeline wrote.
 
     Raises:
-        ValueError: an unknown name, with those that are known.
+        ValueError: an unknown name, with those that are known; values that make no recipe.
     """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return Recipe(**{field.name: recipe[field.name] for field in fields(Recipe) if field.name in recipe})
+        known = [field.name for field in fields(Recipe)]
+        strange, absent = sorted(recipe.keys() - set(known)), {"name", "timesteps"} - recipe.keys()
+        if strange or absent:
+            what = f"has no {' and no '.join(sorted(absent))}" if absent else f"holds {', '.join(map(repr, strange))}"
+            raise ValueError(f"the recipe {what}; a recipe has {', '.join(known)}")
+        return Recipe(**recipe)
+    if not isinstance(recipe, str):
+        raise ValueError(f"a recipe is given by its name or by its values, got {recipe!r}")
     if recipe not in RECIPES:
         raise ValueError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}, and add_recipe adds more")
     return RECIPES[recipe]

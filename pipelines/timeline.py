@@ -11,12 +11,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Protocol
 
 from ..streaming import Session, VideoControl
+
+
+class Script(Protocol):
+    """What steers a session as its video goes on."""
+
+    def follow(self, session: Session[Any, Any]) -> Callable[[float], None]:
+        """What is called with the seconds at which the session's next chunk begins, before every chunk."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +68,27 @@ class Timeline:
         return self.cues[0].prompt
 
     def follow(self, session: Session[Any, VideoControl]) -> Callable[[float], None]:
-        """What steers `session`: called with the seconds at which its next chunk begins, for the cues due since."""
+        """What steers `session`: called with the seconds at which its next chunk begins, for the cues due since.
+
+        The prompt of the cue that comes next is read on a thread of its own meanwhile.
+        """
         since = 0.0
+
+        def read_next() -> None:
+            coming = next((cue for cue in self.cues if cue.at > since), None)
+            if coming is not None:
+                Thread(target=_read, args=(session, coming), name="timeline").start()
 
         def steer(seconds: float) -> None:
             nonlocal since
-            for cue in self.cues:
-                if since < cue.at <= seconds:
-                    session.steer(prompt=cue.prompt, switch=cue.switch)
-            since = seconds
+            due = [cue for cue in self.cues if since < cue.at <= seconds]
+            since = max(since, seconds)
+            for cue in due:
+                session.steer(prompt=cue.prompt, switch=cue.switch)
+            if due:
+                read_next()
+
+        read_next()
 
         return steer
 
@@ -103,3 +125,9 @@ class Timeline:
         """Write what `load` reads."""
         cues = json.dumps([asdict(cue) for cue in self.cues], indent=1, ensure_ascii=False)
         Path(path).write_text(cues + "\n", encoding="utf-8")
+
+
+def _read(session: Session[Any, VideoControl], cue: Cue) -> None:
+    """Let the pipeline read a cue's prompt. What it refuses, it refuses again when the cue is due."""
+    with suppress(ValueError):
+        session.pipeline.check(session.control.changed(prompt=cue.prompt))

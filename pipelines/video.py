@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 from typing_extensions import Self
 
+from ..models.stream_codec import PICTURES_PER_LATENT
 from ..models.tiny_vae import TinyVideoDecoder
 from ..models.transformer import CausalTransformer3DModel
 from ..models.wan_vae import WanDecoder, WanEncoder
@@ -30,7 +31,7 @@ from .presets import Preset, apply_preset, find_preset, refuse_saving
 from .recipes import Recipe, as_config, find_recipe
 from .timeline import Timeline
 from .video_actions import new_control
-from .video_load import check_parts, load_components
+from .video_load import check_parts, check_settings, load_components
 from .video_manners import ManneredStreamer
 from .video_output import (
     OutputType,
@@ -40,6 +41,7 @@ from .video_output import (
     as_picture,
     joined,
 )
+from .video_saved import check_saved, made_by
 from .video_state import VideoState, to_leaves
 
 FIXED = ("recipe", "text_length", "preset")
@@ -87,7 +89,8 @@ class VideoPipeline(ManneredStreamer):
         self.register_modules(image_encoder=image_encoder)
         self.recipe, self.rate, self.text_length = find_recipe(recipe), rate, text_length
         self.preset = find_preset(preset)
-        check_parts(transformer, vae, text_encoder, decoder)
+        check_parts(transformer, vae, text_encoder, decoder, tokenizer)
+        check_settings(size, rate, text_length)
         apply_preset(self.preset, transformer, text_encoder)
         self._arena = self._still = self._beside = self._caller = None
         self.overlap = False  # decode a chunk while the next is drawn: see `video_ahead`
@@ -95,6 +98,7 @@ class VideoPipeline(ManneredStreamer):
         self._sharing = RLock()  # sessions may run on threads of their own, and share the arena and the codecs' scratch
         self._read: OrderedDict[str, Tensor] = OrderedDict()
         self._asked: set[str] = set()
+        self._knowing, self._reading = Lock(), RLock()
         self._encoder = WanEncoder(vae)
         self._decoder = WanDecoder(vae, self.recipe.chunk) if decoder is None else decoder
         self.register_to_config(recipe=as_config(self.recipe), size=list(size), rate=rate, text_length=text_length)
@@ -186,7 +190,8 @@ class VideoPipeline(ManneredStreamer):
         Args:
             prompt: what is seen.
             image: what the first picture shows: a PIL image, an array [H, W, 3] or a tensor [3, H, W].
-            video: pictures to redraw, of the same kinds; `num_frames` is then at most what they make.
+            video: pictures to redraw, of the same kinds; `num_frames` is then at most what they make. Where there is an
+                `image` too, it stands in the place of the first of them.
             strength: how far `video` is redrawn, from 0 (kept) to 1 (ignored).
             timeline: what `prompt` becomes, and when.
             height, width: in pixels; as the pipeline is by default.
@@ -220,7 +225,8 @@ class VideoPipeline(ManneredStreamer):
                     if callback_on_step_end is not None:
                         callback_on_step_end(self, len(pictures) - 1, 0, {"frames": chunk.data})
         if not pictures:
-            raise ValueError(f"the video is too short: a chunk takes {4 * self.recipe.chunk - 3} pictures at first")
+            least = self.pictures_per_chunk + (1 if image is not None else 1 - PICTURES_PER_LATENT)
+            raise ValueError(f"the video is too short: a chunk takes {least} pictures at first")
         drained = joined(latents, 1) if output_type == "latent" else joined(pictures, 0)[:num_frames]
         clip = drained if output_type == "latent" else as_output(drained, output_type)
         return VideoPipelineOutput(frames=clip) if return_dict else (clip,)
@@ -247,12 +253,12 @@ class VideoPipeline(ManneredStreamer):
     # What a session asks for (`Streamable`).
 
     def check(self, control: VideoControl) -> None:
-        """Refuse prompts that cannot be read."""
+        """Refuse prompts that cannot be read, by reading them: on the thread that steers, so that no step waits."""
         if any("\ud800" <= character <= "\udfff" for character in control.prompt):
             raise ValueError("the prompt holds half a character (a lone surrogate); send it as UTF-8")
         if self.is_game:
             self.check_game(control)
-        elif self.text_encoder is None:
+        else:
             self.read_prompt(control.prompt)
 
     @torch.no_grad()
@@ -268,6 +274,9 @@ class VideoPipeline(ManneredStreamer):
         for control, frame in zip(controls, media):
             if frame is not None:
                 self.check_input(control, frame.data)
+        for state, control in zip(states, controls):  # many others may have been read since `check`
+            if control.prompt != state.prompt and not self.is_game:
+                self.read_prompt(control.prompt)
         drawn = []
         for state, control, frame in zip(states, controls, media):
             with self._sharing:
@@ -284,10 +293,12 @@ class VideoPipeline(ManneredStreamer):
 
     def save(self, state: VideoState) -> Leaves:
         with self._sharing, self.apart():
-            return to_leaves(state, [self.arena.cache.snapshot(row) for row in state.rows])
+            memory = [self.arena.cache.snapshot(row) for row in state.rows]
+            return to_leaves(state, memory) | {"made": made_by(self)}
 
     @torch.no_grad()
     def load(self, leaves: Leaves) -> VideoState:
+        check_saved(self, leaves)
         with self._sharing:
             state = self.fresh(0)
             try:

@@ -85,12 +85,17 @@ class GameReader(PromptReader):
         scene = torch.zeros(channels, GREY, height // pixels, width // pixels, device=self.transformer.device)
         return torch.zeros(self.prompt_length, config["image_dim"]), scene
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """Keys (W3C codes) that press or turn something here."""
+        named = {*self.buttons, *TURNS, *(DRIVING if len(self.buttons) == 2 else ())}
+        return frozenset(key for key in named if key is not None)
+
     def check_game(self, control: VideoControl) -> None:
         """ValueError for keys that press nothing here."""
-        known = {*self.buttons, *TURNS, *(DRIVING if len(self.buttons) == 2 else ())}
-        unknown = sorted(getattr(control, "keys", frozenset()) - known)
+        unknown = sorted(getattr(control, "keys", frozenset()) - self.keys)
         if unknown:
-            keys = ", ".join(sorted(key for key in known if key))
+            keys = ", ".join(sorted(self.keys))
             raise ValueError(f"unknown key {', '.join(unknown)}; the keys of this world are {keys}")
 
     def action(self, control: VideoControl) -> Tensor:

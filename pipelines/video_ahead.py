@@ -87,6 +87,8 @@ class AheadStreamer(VideoStreamer):
         turns = recipe.window + (recipe.window - recipe.sinks + recipe.spare)  # until the ring has come round
         count = -(-turns // recipe.chunk) + recipe.units if self.arena.recordings.records else 2
         control = VideoControl(self.known_prompt())
+        if not self.is_game:
+            self.read_prompt(control.prompt)
         progress: Any = self.progress_bar  # pyright: ignore[reportAttributeAccessIssue]
         arena = self.arena
         with self._sharing, fastest_convolutions(), arena.recordings.eagerly(), arena.decodings.eagerly():

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..models.checkpoints import load_text_encoder, load_transformer, load_vae
-from ..models.checkpoints.files import INDEX, named_tensors, read_index, read_json, read_weights
+from ..models.checkpoints.files import INDEX, first_line, named_tensors, read_index, read_json, read_weights
 from ..models.checkpoints.load import fill, need_ranks
 from ..models.tiny_vae import TinyVideoDecoder
 from ..models.transformer import CausalTransformer3DModel
 from .recipes import RECIPES, Recipe, find_recipe
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "decoder", "image_encoder")
+SETTINGS = ("size", "rate", "text_length")
 RELEASED = {  # a name that the file of each part holds where Wan is released in its own layout
     "transformer": "blocks.0.self_attn.q.weight",
     "vae": "decoder.conv1.weight",
@@ -54,10 +57,10 @@ def load_components(
 ) -> dict[str, Any]:
     """The arguments of `VideoPipeline`; see its `from_pretrained`."""
     folder = local_folder(source, transformer=checkpoint is None)
-    saved = saved_settings(folder)
+    saved = saved_settings(folder, recipe is None)
     if recipe is None and "recipe" not in saved:
         raise ValueError(f"{folder} does not say how its weights are run; give recipe=, one of {', '.join(RECIPES)}")
-    chosen = find_recipe(saved["recipe"] if recipe is None else recipe)
+    chosen = find_recipe(saved["recipe"]) if recipe is None else find_recipe(recipe)
     found = find_parts(folder)
     config = read_json(folder / "transformer" / "config.json")
     how: dict[str, Any] = {"torch_dtype": torch_dtype, "headers_only": headers_only}
@@ -67,20 +70,32 @@ def load_components(
         transformer = load_transformer(checkpoint, family=config, lora=lora, **how)
     vae = load_vae(need(found, "vae", folder), **how)
     reads = "text_encoder" in found
-    sees = "image_encoder" in found and not headers_only
     tokenizer = need(found, "tokenizer", folder) if reads else None
     return {
-        **{name: saved[name] for name in ("size", "rate", "text_length") if name in saved},
+        **{name: saved[name] for name in SETTINGS if name in saved},
         "transformer": transformer,
         "vae": vae,
         "text_encoder": load_text_encoder(found["text_encoder"], **how) if reads else None,
-        "tokenizer": AutoTokenizer.from_pretrained(tokenizer) if tokenizer and not headers_only else None,
-        "image_encoder": CLIPVisionModel.from_pretrained(found["image_encoder"], torch_dtype=torch_dtype)
-        if sees
-        else None,
+        "tokenizer": None if tokenizer is None else load_tokenizer(tokenizer, headers_only=headers_only),
+        "image_encoder": load_image_encoder(found["image_encoder"], **how) if "image_encoder" in found else None,
         "recipe": chosen,
         "decoder": _load_decoder(folder, decoder, how),
     }
+
+
+def load_image_encoder(
+    folder: Path, *, torch_dtype: torch.dtype | None = None, headers_only: bool = False
+) -> CLIPVisionModel:
+    """CLIP, as transformers saves it. ValueError if its folder is incomplete or damaged."""
+    try:
+        if not headers_only:
+            return CLIPVisionModel.from_pretrained(folder, torch_dtype=torch_dtype)
+        config = CLIPVisionConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model: Any = CLIPVisionModel(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder} holds no image encoder that can be read: {first_line(error)}") from None
+    return model.to(torch_dtype or config.dtype or torch.float32)
 
 
 def _load_decoder(folder: Path, given: str | Path | None, how: dict[str, Any]) -> TinyVideoDecoder | None:
@@ -134,9 +149,51 @@ def need(found: dict[str, Path], part: str, folder: Path) -> Path:
     return found[part]
 
 
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """What `VideoPipeline.save_pretrained` wrote beside the parts."""
-    return read_json(folder / "model_index.json") or {}
+def saved_settings(folder: Path, recipe: bool = True) -> dict[str, Any]:
+    """What `VideoPipeline.save_pretrained` wrote beside the parts. ValueError if it makes no sense; of its recipe only
+    where that is asked for."""
+    index = folder / "model_index.json"
+    saved = read_json(index) or {}
+    try:
+        check_settings(**{name: saved[name] for name in SETTINGS if name in saved})
+        if recipe and "recipe" in saved:
+            find_recipe(saved["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{index}: {error}") from None
+    return saved
+
+
+def check_settings(size: Any = (16, 16), rate: Any = 1.0, text_length: Any = 1) -> None:
+    """ValueError for settings of a pipeline that are none."""
+    pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
+    if not pair or not all(_is_whole(side) for side in size):
+        raise ValueError(f"size must be (height, width) in pixels, got {size!r}")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+        raise ValueError(f"rate must be pictures per second, above 0, got {rate!r}")
+    if not _is_whole(text_length):
+        raise ValueError(f"text_length must be a whole number of tokens from 1 on, got {text_length!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def load_tokenizer(folder: Path, *, headers_only: bool = False) -> PreTrainedTokenizerBase | None:
+    """A tokenizer, as transformers saves it; with `headers_only` its files are looked at, and none is made.
+
+    Raises:
+        ValueError: a file is damaged, or they make no tokenizer.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        read_json(folder / name)
+    if headers_only:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # its files may hold anything
+        raise ValueError(
+            f"the files in {folder} make no tokenizer ({type(error).__name__}: {first_line(error)}); fetch them again"
+        ) from None
 
 
 def check_parts(
@@ -144,6 +201,7 @@ def check_parts(
     vae: AutoencoderKLWan,
     text_encoder: UMT5EncoderModel | None,
     decoder: TinyVideoDecoder | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """ValueError if the parts do not fit together."""
     config, channels = transformer.config, vae.config["z_dim"]
@@ -159,6 +217,13 @@ def check_parts(
             f"the transformer reads prompts {config['text_dim']} wide, the text encoder writes them "
             f"{text_encoder.config.d_model} wide"
         )
+    if text_encoder is not None and tokenizer is not None:
+        largest, known = max(tokenizer.get_vocab().values(), default=0), text_encoder.config.vocab_size
+        if largest >= known:
+            raise ValueError(
+                f"the tokenizer gives words numbers up to {largest}, the text encoder knows {known}: they do not "
+                "belong together; take the tokenizer of this model"
+            )
     if decoder is not None:
         seen = (decoder.config["latent_channels"], decoder.pixels)
         wanted = (channels, vae.config["scale_factor_spatial"])

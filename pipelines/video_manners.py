@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from ..models.checkpoints import merge_lora, open_checkpoint
+from ..models.checkpoints import merge_lora, open_adapter
 from .video_ahead import AheadStreamer
 
 
@@ -21,19 +21,32 @@ class ManneredStreamer(AheadStreamer):
     _visited: torch.device | None = None  # where parts go while a clip is drawn, and come back from
     _visiting = False
 
-    def load_lora_weights(self, source: str | Path, *, scale: float = 1.0) -> None:
+    def load_lora_weights(
+        self,
+        source: str | Path | Mapping[str, Any],
+        *,
+        weight_name: str | None = None,
+        scale: float = 1.0,
+        **other: Any,
+    ) -> None:
         """Merge an adapter into the transformer's weights, quantised or not; it can't be unloaded.
 
         Args:
-            source: a file or folder with an adapter in any layout that `lora=` of `from_pretrained` takes.
-            scale: its strength.
+            source: a file or folder with an adapter in any layout that `lora=` of `from_pretrained` takes, a repository
+                of the Hugging Face hub that was fetched before, or the adapter's tensors by name.
+            weight_name: which file of the folder or repository.
+            scale: its strength. Since it is merged at once, this is what diffusers' `fuse_lora` calls lora_scale.
 
         Raises:
-            FileNotFoundError, ValueError: no adapter, or one of another model; nothing is changed then.
+            FileNotFoundError, ValueError, TypeError: no adapter, one of another model, or an argument that is not
+                known; nothing is changed then.
         """
-        adapter = open_checkpoint(source)
-        if adapter.dialect != "lora":
-            raise ValueError(f"{source} is a whole model ({adapter.dialect}), no adapter; give it as checkpoint=")
+        if other:
+            raise TypeError(
+                f"load_lora_weights merges an adapter at once, with its strength as scale=, and knows no "
+                f"{', '.join(sorted(other))}"
+            )
+        adapter = open_adapter(source, weight_name=weight_name)
         with self._sharing, self.apart():
             merge_lora(self.transformer, adapter.weights, scale=scale)
 

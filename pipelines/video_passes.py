@@ -69,6 +69,11 @@ class VideoPasses(GameReader):
         """What decodes."""
         return self._decoder
 
+    @property
+    def encoder(self) -> WanEncoder:
+        """What encodes pictures that come in."""
+        return self._encoder
+
     def _make_cache(self, rows: int) -> KVCache:
         return make_cache(self.transformer, **self.cache_shape(rows))
 

@@ -115,15 +115,19 @@ def to_leaves(state: VideoState, memory: list[dict[str, Tensor | int]]) -> Leave
     return leaves
 
 
-def from_leaves(leaves: Mapping[str, Tensor | int | float | str], rows: int) -> dict[str, Tensor | int | float | str]:
+def from_leaves(
+    leaves: Mapping[str, Tensor | int | float | str], rows: int | None
+) -> dict[str, Tensor | int | float | str]:
     """The state's own fields. ValueError if these are not the leaves of a stream of video with so many rows."""
     plain = {name: value for name, value in leaves.items() if name in PLAIN}
     strange = sorted(
-        name for name in leaves.keys() - plain.keys() - {"rows"} if name.partition(".")[0] not in ("memory", *CODECS)
+        name
+        for name in leaves.keys() - plain.keys() - {"rows", "made"}
+        if name.partition(".")[0] not in ("memory", *CODECS)
     )
     if strange or not plain.keys() >= NEEDED:
         raise ValueError(f"this is not the snapshot of a video stream: it holds {', '.join(sorted(leaves)[:8])}")
-    if leaves.get("rows") != rows:
+    if rows is not None and leaves.get("rows") != rows:
         raise ValueError(f"the snapshot has {leaves.get('rows')} rows of memory, this pipeline's recipe has {rows}")
     wrong = [name for name, value in plain.items() if not isinstance(value, KINDS[str(PLAIN[name].type)])]
     if wrong:

@@ -15,7 +15,7 @@ from ..models.stream_codec import PICTURES_PER_LATENT
 from ..streaming import Chunk, Frame, Session, VideoControl
 from ..streaming.types import Leaves, Switch, stronger
 from .inputs import FULL_MOTION, NEW_MOTION
-from .timeline import Timeline
+from .timeline import Script
 from .video_draw import VideoDrawer
 from .video_state import Finished, VideoState, from_leaves, part
 
@@ -59,17 +59,18 @@ class VideoStreamer(VideoDrawer):
         """
         self._check_idle("move")
         self._arena = self._still = None
-        reader = self.text_encoder if self.preset.text_on_host else None
-        if reader is None:
-            return super().to(*args, **kwargs)
-        self.register_modules(text_encoder=None)
-        try:
-            super().to(*args, **kwargs)
-        finally:
-            self.register_modules(text_encoder=reader)
-        for dtype in [each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)]:
-            reader.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]  (wrapped)
-        return self
+        with self._reading:
+            reader = self.text_encoder if self.preset.text_on_host else None
+            if reader is None:
+                return super().to(*args, **kwargs)
+            self.register_modules(text_encoder=None)
+            try:
+                super().to(*args, **kwargs)
+            finally:
+                self.register_modules(text_encoder=reader)
+            for dtype in [each for each in (*args, *kwargs.values()) if isinstance(each, torch.dtype)]:
+                reader.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]  (wrapped)
+            return self
 
     def fresh(self, seed: int) -> VideoState:
         """A stream with nothing in it; the arena follows the weights to another device while nothing runs."""
@@ -115,7 +116,9 @@ class VideoStreamer(VideoDrawer):
                 chunks += [self.shown(state, each, when) for each in self.complete(state)]
                 if self._caller is not None:  # what was just decoded is not to be overwritten
                     torch.cuda.current_stream(self.arena.device).wait_stream(self._caller)
-            text = self.read_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
+            text = state.text if state.target is None else state.target
+            if text is None or control.prompt != state.prompt:
+                text = self.read_prompt(control.prompt).to(self.arena.device, self.arena.dtype)
             if switch == "lerp":
                 state.origin, state.target, state.blend = state.text, text, 0
             else:
@@ -185,11 +188,15 @@ class VideoStreamer(VideoDrawer):
 
     def take_in(self, state: VideoState, picture: Tensor) -> Tensor | None:
         """Encode the next picture [3, H, W] of an input: the latents of a chunk [C, F, h, w] once they are complete."""
-        if state.encoding is None:
-            state.encoding = self._encoder.begin(*self.size)
         if self.recipe.motion:
             state.fastest = max(state.fastest, difference(picture, state.seen))
             state.seen = picture
+        if state.encoding is None:
+            state.encoding = self._encoder.begin(*self.size)
+            if state.shot:  # which has its first frame: all that come now stand for 4 pictures each
+                self._encoder.encode(picture[None, None].to(self.arena.device), state.encoding)
+                if state.still is not None:
+                    return None  # the picture that the stream starts from stands in this one's place
         latents = self._encoder.encode(picture[None, None].to(self.arena.device), state.encoding)[0].float()
         if state.waiting is not None:
             latents = torch.cat([state.waiting, latents], dim=1)
@@ -205,7 +212,11 @@ class VideoStreamer(VideoDrawer):
 
     @property
     def pictures_per_chunk(self) -> int:
-        """Pictures of an input that a chunk takes; the first chunk of a stream takes `PICTURES_PER_LATENT` - 1 less."""
+        """Pictures of an input that a chunk takes.
+
+        The first chunk of a stream takes `PICTURES_PER_LATENT` - 1 less; or 1 more where the stream starts from a
+        picture, which stands in the place of the input's first.
+        """
         return PICTURES_PER_LATENT * self.recipe.chunk
 
     def shown(self, state: VideoState, done: Finished, when: float) -> Chunk:
@@ -240,7 +251,7 @@ class VideoStreamer(VideoDrawer):
         session: Session[VideoState, VideoControl],
         num_frames: int,
         media: Iterator[Tensor] | None = None,
-        timeline: Timeline | None = None,
+        timeline: Script | None = None,
     ) -> Iterator[Sequence[Chunk]]:
         """Step `session` until so many pictures are begun or `media` [3, H, W] end, then finish what is under way.
 
@@ -260,14 +271,10 @@ class VideoStreamer(VideoDrawer):
     # Snapshots
 
     def put_back(self, state: VideoState, leaves: Leaves) -> None:
-        """Make a fresh state what `leaves` say. ValueError if they are another pipeline's."""
+        """Make a fresh state what `leaves` say, which were checked. ValueError if they are another pipeline's."""
         plain = from_leaves(leaves, len(state.rows))
-        expected = state.history.shape
         for number, row in enumerate(state.rows):
-            memory = part(leaves, f"memory.{number}")
-            if not {"k", "v", "sink_k", "count"} <= memory.keys():
-                raise ValueError(f"the snapshot is damaged: row {number} of its memory is incomplete")
-            self.arena.cache.restore(row, memory)
+            self.arena.cache.restore(row, part(leaves, f"memory.{number}"))
         state.decoding.restore(part(leaves, "decoding"))
         encoding = part(leaves, "encoding")
         if encoding:
@@ -276,10 +283,6 @@ class VideoStreamer(VideoDrawer):
         for name, value in plain.items():
             on_host = name in ("versions", "seen", "pressed")
             setattr(state, name, value.to(self.arena.device) if isinstance(value, Tensor) and not on_host else value)
-        if state.history.shape != expected:
-            raise ValueError(
-                f"the saved history has shape {tuple(state.history.shape)}, this pipeline needs {tuple(expected)}"
-            )
         if state.text is not None:
             self._say(state, state.text.to(self.arena.dtype))
 

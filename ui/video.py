@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .machine import machine
+from .video_keys import Walk
 from .world import attend_as, pick_device, refuse_file, shipped_models
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from ..pipelines.timeline import Timeline
+    from ..pipelines.timeline import Script
     from ..pipelines.video import VideoPipeline
     from ..streaming import Chunk, Recorder, Session, VideoControl, VideoFile
 
@@ -120,12 +121,13 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..pipelines.recipes import as_config
     from ..pipelines.video_load import find_parts, local_folder
 
-    refuse_file(arguments.model)
     folder = local_folder(arguments.model, transformer=arguments.checkpoint is None)
     class_of(folder)  # says so if the index is damaged
     chosen = load_arguments(arguments, pick_device("auto"))
-    pipe, plan = plan_for(folder, **chosen)
-    plans = {name: plan_for(folder, **chosen | {"preset": name})[1] for name in PRESETS}
+    streams = arguments.streams or 1
+    pipe, plan = plan_for(folder, streams=streams, **chosen)
+    plans = {name: plan_for(folder, streams=streams, **chosen | {"preset": name})[1] for name in PRESETS}
+    reader = "image_encoder" if pipe.is_game else "text_encoder"
     weights = arguments.checkpoint or find_parts(folder)["transformer"]
     return {
         "folder": str(folder),
@@ -136,7 +138,8 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
         "recipe": as_config(pipe.recipe),
         "size": list(pipe.size),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "absent": [part for part in ("text_encoder", "decoder") if getattr(pipe, part) is None],
+        "absent": [part for part in (reader, "decoder") if getattr(pipe, part) is None],
+        "streams": streams,
         "preset": pipe.preset.name,
         "presets": {name: each.as_json() for name, each in plans.items()},
         "plan": plan.as_json(),
@@ -155,8 +158,8 @@ def as_text(report: dict[str, Any]) -> str:
         *([f"note: {recipe['note']}"] if recipe["note"] else []),
         *([f"without {', '.join(report['absent'])}"] if report["absent"] else []),
         "",
-        f"memory at {report['size'][0]} x {report['size'][1]} in {report['dtype']}, preset {report['preset']}, for one "
-        "stream:",
+        f"memory at {report['size'][0]} x {report['size'][1]} in {report['dtype']}, preset {report['preset']}, for "
+        f"{'one stream' if report['streams'] == 1 else str(report['streams']) + ' streams'}:",
         report["plan_text"],
         "",
         *(_preset_line(name, each) for name, each in report["presets"].items()),
@@ -180,6 +183,7 @@ def _preset_line(name: str, plan: dict[str, Any]) -> str:
     host = sum(plan["host"].values())
     without = plan["without_text_encoder"]
     more = f", {without / 1e9:.2f} GB once the text encoder is dropped" if without < plan["total"] else ""
+    more += f", {plan['with_inputs'] / 1e9:.2f} GB with image= or video=" if plan["with_inputs"] > plan["total"] else ""
     more += f", and {host / 1e9:.2f} GB on the host" if host else ""
     return f"--preset {name}: {plan['total'] / 1e9:.2f} GB{more}"
 
@@ -196,7 +200,7 @@ def load_video(arguments: argparse.Namespace) -> VideoPipeline:
 
 
 def run_video(arguments: argparse.Namespace) -> int:
-    """Draw a clip of a video model into a file, from words, a picture or another video.
+    """Draw a clip of a video model into a file, from words, a picture or another video, or a walk by a key script.
 
     Raises:
         FileNotFoundError, ValueError: what is wrong with the files, the model or the length; no frame was drawn.
@@ -214,10 +218,13 @@ def run_video(arguments: argparse.Namespace) -> int:
             raise FileNotFoundError(f"there is no file {path}")
     if arguments.strength is not None and arguments.video is None:
         raise ValueError("--strength is how far --video is redrawn; give a video too")
-    timeline = None if arguments.timeline is None else Timeline.load(arguments.timeline)
+    script: Script | None = None if arguments.timeline is None else Timeline.load(arguments.timeline)
+    prompt = script.prompt if isinstance(script, Timeline) else arguments.prompt or ""
     start = None if arguments.image is None else read_picture(arguments.image)
     video = None if arguments.video is None else VideoFile(arguments.video)
     pipe = load_video(arguments)
+    if pipe.is_game:
+        script = Walk.through(pipe, "KeyW" if arguments.keys is None else arguments.keys)
     total = length_of(arguments, pipe.rate)
     unasked = 1.0 if video is None else VIDEO_STRENGTH
     settings = {
@@ -228,13 +235,13 @@ def run_video(arguments: argparse.Namespace) -> int:
     with (
         Recorder(arguments.output, rate=pipe.rate) as recorder,
         tqdm(total=total, unit="frame") as progress,
-        pipe.stream(arguments.prompt if timeline is None else timeline.prompt, **settings) as session,
+        pipe.stream(prompt, **settings) as session,
     ):
         if video is None:
             assert total is not None, "only a video has a length of its own"
-            drawn = pipe.drain(session, total, timeline=timeline)
+            drawn = pipe.drain(session, total, timeline=script)
         else:
-            drawn = redraw(pipe, session, video, total, timeline)
+            drawn = redraw(pipe, session, video, total, script)
         for chunks in drawn:
             for chunk in chunks:
                 write_up_to(recorder, chunk, total)
@@ -260,7 +267,7 @@ def redraw(
     session: Session[Any, VideoControl],
     video: VideoFile,
     total: int | None,
-    timeline: Timeline | None,
+    timeline: Script | None,
 ) -> Iterator[Sequence[Chunk]]:
     """What `session` makes of `video`, read at the pipeline's rate: one frame for each picture, at most `total`."""
     from ..streaming import Frame, fit

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .files import named_tensors, read_weights
+from .files import adapter_file, named_tensors, read_weights
 from .lora import is_lora, lora_pairs, lora_settings
 from .names import transformer_name, unwrapped
 
@@ -57,15 +57,41 @@ def open_checkpoint(source: str | Path, *, ema: bool = True, headers_only: bool 
     return recognised(read_weights(source, headers_only=headers_only), source, ema=ema)
 
 
-def recognised(stored: Mapping[str, Any], source: str | Path, *, ema: bool = True) -> Checkpoint:
-    """The checkpoint in what `read_weights` read."""
+def open_adapter(source: str | Path | Mapping[str, Any], *, weight_name: str | None = None) -> Checkpoint:
+    """Read an adapter for a transformer, in whatever dialect it is.
+
+    Args:
+        source: a file, a folder, a repository of the Hugging Face hub that was fetched before, or the tensors by name.
+        weight_name: which file of the folder.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: as `open_checkpoint`; it is no adapter, or not on this machine.
+    """
+    if isinstance(source, Mapping):
+        strange = [name for name, value in source.items() if not isinstance(value, (Tensor, Mapping))]
+        if strange or weight_name is not None:
+            seen = f"weight_name {weight_name!r}" if not strange else type(source[strange[0]]).__name__
+            raise TypeError(f"an adapter given as a dictionary holds tensors by name and nothing else, got {seen}")
+        found, source = recognised(source, "the adapter", settings={}), "the adapter"
+    else:
+        source = adapter_file(source, weight_name)
+        found = open_checkpoint(source)
+    if found.dialect != "lora":
+        raise ValueError(f"{source} is a whole model ({found.dialect}), no adapter; give it as checkpoint=")
+    return found
+
+
+def recognised(
+    stored: Mapping[str, Any], source: str | Path, *, ema: bool = True, settings: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """The checkpoint in what `read_weights` read; `settings` of an adapter are read beside it where they are None."""
     nested, way = _unnested(stored, ema)
     inside = named_tensors(nested, source)
     plain = {unwrapped(name): value for name, value in inside.items()}
     if len(plain) < len(inside):
         raise ValueError(f"{source} holds several models under one set of names; name the file of one of them")
     if is_lora(plain):
-        return Checkpoint("lora", lora_pairs(plain, lora_settings(source)))
+        return Checkpoint("lora", lora_pairs(plain, lora_settings(source) if settings is None else settings))
     if any(".attn1.to_q.weight" in name for name in plain):
         return Checkpoint("diffusers", plain)
     if not any(".self_attn.q.weight" in name for name in plain):

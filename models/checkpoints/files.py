@@ -66,6 +66,39 @@ def weight_file(source: str | Path) -> Path:
     raise ValueError(f"{folder} holds several weight files ({found}); name the one to load")
 
 
+def adapter_file(source: str | Path, weight_name: str | None = None) -> Path:
+    """The file or folder of an adapter on this machine. Nothing is fetched.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or no such file in it.
+    """
+    place = Path(source).expanduser()
+    if not place.exists():
+        place = _fetched(str(source))
+    if weight_name is None:
+        return place
+    if place.is_file():
+        raise ValueError(f"weight_name is for folders, and {place} is a file; leave weight_name={weight_name!r} out")
+    if not (place / weight_name).is_file():
+        inside = ", ".join(sorted(path.name for path in place.iterdir() if path.is_file())[:6]) or "no files"
+        raise FileNotFoundError(f"there is no file {weight_name!r} in {place}, which holds {inside}")
+    return place / weight_name
+
+
+def _fetched(name: str) -> Path:
+    """Where a repository of the Hugging Face hub lies that was fetched before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise FileNotFoundError(
+            f"there is no file or folder {name}, nor was a repository of that name fetched before; adapters are not "
+            f"fetched silently: hf download {name}, or name a file"
+        ) from None
+
+
 def is_index(path: Path) -> bool:
     """Is this the name of an index of shards?"""
     return path.match(INDEX)
@@ -89,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)}); fetch it again") from None
+        raise ValueError(f"{path} is damaged ({first_line(error)}); fetch it again") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not settings by name; fetch it again")
     return found
@@ -150,15 +183,16 @@ def _read_torch(path: Path, headers_only: bool, *, mapped: bool) -> dict[str, An
         stored = torch.load(path, map_location=place, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, which could run code, and is refused ({_first_line(error)}); take "
+            f"{path} holds more than tensors, which could run code, and is refused ({first_line(error)}); take "
             "safetensors, or save its tensors again from a place you trust"
         ) from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise ValueError(f"{path} is damaged or no checkpoint: {_first_line(error)}; fetch it again") from None
+        raise ValueError(f"{path} is damaged or no checkpoint: {first_line(error)}; fetch it again") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, not tensors by name")
     return stored
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without what it says at length."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -18,6 +18,7 @@ from .files import read_json, read_metadata, weight_file
 from .names import transformer_name, unwrapped
 
 PAIR = re.compile(r"(.*)\.(?:lora_(A|B|down|up))(?:\.[^.]+)?\.weight")
+KOHYA = re.compile(r"lora_unet_blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")  # as musubi-tuner names layers
 LARGEST = torch.finfo(torch.float32).max
 HALVES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 
@@ -133,6 +134,8 @@ def _number(value: object, name: str) -> float:
 
 
 def _layer(name: str) -> str:
+    kohya = KOHYA.fullmatch(name)
+    name = name if kohya is None else "blocks.{}.{}.{}".format(*kohya.groups())
     return transformer_name(name + ".").removesuffix(".")
 
 

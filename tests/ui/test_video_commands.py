@@ -55,10 +55,23 @@ def test_info_tells_what_every_preset_takes(folder, capsys):
     assert "preset small, for one stream" in told
     assert "text_encoder, on the host" in told
     assert "--preset exact: 0.00 GB, 0.00 GB once the text encoder is dropped" in told
-    assert "--preset small: 0.00 GB, and 0.00 GB on the host" in told
+    assert "--preset small: 0.00 GB, 0.00 GB with image= or video=, and 0.00 GB on the host" in told
     assert cli.main(["info", "--model", str(folder), "--json"]) == 0
     plans = json.loads(capsys.readouterr().out)["presets"]
     assert plans["small"]["kv"] < plans["exact"]["kv"] == plans["fast"]["kv"]
+
+
+def test_info_plans_for_several_streams(folder, capsys):
+    plans = []
+    for words in ([], ["--streams", "3"]):
+        assert cli.main(["info", "--model", str(folder), "--json", *words]) == 0
+        plans.append(json.loads(capsys.readouterr().out)["plan"])
+    assert plans[1]["kv"] == 4 * plans[0]["kv"], "rows double"
+    assert plans[1]["with_inputs"] > plans[1]["total"] > plans[0]["total"]
+    assert cli.main(["info", "--model", str(folder), "--streams", "3"]) == 0
+    assert "preset exact, for 3 streams:" in capsys.readouterr().out
+    assert cli.main(["info", "--streams", "3"]) == 2
+    assert "--streams is about a video model" in capsys.readouterr().err
 
 
 def test_info_says_what_is_missing(folder, capsys, tmp_path):
@@ -118,6 +131,16 @@ def test_run_redraws_every_picture_of_a_video(folder, tmp_path, capsys, pictures
     assert len(list(VideoFile(tmp_path / "out.mp4"))) == pictures
 
 
+@pytest.mark.parametrize("pictures", [1, 12, 20])
+def test_run_redraws_a_video_behind_a_picture_one_for_one(folder, tmp_path, capsys, pictures):
+    from PIL import Image
+
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "start.png")
+    words = ("--video", film(tmp_path / "film.mp4", pictures), "--image", tmp_path / "start.png", "--strength", 0.5)
+    assert run(folder, *words, "-o", tmp_path / "out.mp4") == 0
+    assert f"out.mp4: {pictures} frames" in capsys.readouterr().out
+
+
 def test_run_keeps_the_tempo_of_a_video_and_stops_where_it_is_told(folder, tmp_path, capsys):
     words = ("--video", film(tmp_path / "film.mp4", 60, rate=30), "--strength", 0.5, "-o", tmp_path / "out.mp4")
     assert run(folder, *words) == 0
@@ -152,7 +175,7 @@ def test_what_is_no_picture_or_video_is_refused_in_a_sentence(folder, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--keys", "KeyW"], "--keys is for worlds; this model is none of them"),
+        (["--keys", "KeyW"], "--keys is for worlds and video models that are played; this model is none of them"),
         (["--steps", "3"], "--steps is for worlds"),
         (["--strength", "0"], "--strength is how far --video is redrawn"),
     ],
@@ -174,7 +197,7 @@ def test_run_knows_a_wan_folder_as_it_is_released(tmp_path, capsys):
 def test_a_file_is_no_model(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     file = "transformer/diffusion_pytorch_model.safetensors"
-    for words in (["info"], ["run", "x"], ["run", "x", "--recipe", "longlive"]):
+    for words in (["run", "x"], ["run", "x", "--recipe", "longlive"]):
         assert cli.main([*words, "--model", file]) == 2
         told = capsys.readouterr().err
         assert f"{file} is a file, a model is a folder; give weights in a file as --checkpoint" in told

@@ -1,4 +1,4 @@
-"""`millstream info`: this machine, the versions, and the models that ship; or one video model and its memory."""
+"""`millstream info`: this machine, the versions, the models that ship; or one video model, or one file of weights."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ from typing import Any
 from ..machine import machine, versions
 from ..video import VIDEO_OPTIONS, add_video_options, describe
 from ..video import as_text as describe_as_text
-from ..world import shipped_models
+from ..weights import as_text as file_as_text
+from ..weights import describe_file
+from ..world import positive_integer, shipped_models
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("info", help="this machine, versions, shipped models and the memory each needs")
-    parser.add_argument("--model", help="tell of this video model instead: what it is, what is missing, its memory")
+    parser.add_argument("--model", help="tell of this video model, or file of weights, instead")
     add_video_options(parser)
+    parser.add_argument(
+        "--streams", type=positive_integer, help="streams at once that memory is planned for (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report."""
+    if arguments.model is not None and Path(arguments.model).expanduser().is_file():
+        report = describe_file(arguments)
+        print(json.dumps(report, indent=2) if arguments.json else file_as_text(report))
+        return 0
     if arguments.model is not None:
         report = describe(arguments)
         print(json.dumps(report, indent=2) if arguments.json else describe_as_text(report))
         return 0
-    for option in ("preset", "size", "dtype", *VIDEO_OPTIONS):
+    for option in ("preset", "size", "dtype", "streams", *VIDEO_OPTIONS):
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option} is about a video model; say which with --model")
     models = {name: measure(folder) for name, folder in shipped_models(kind=None).items()}

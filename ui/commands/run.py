@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..keys import KeyScript
 from ..video import SECONDS, VIDEO_STRENGTH, add_video_options, is_video_model, run_video
+from ..video_keys import is_played
 from ..world import (
     attend_as,
     check_prompt,
@@ -19,11 +20,12 @@ from ..world import (
     seed_integer,
 )
 
-WORLDS, VIDEOS = "worlds", "video models"
+WORLDS, VIDEOS, PLAYED = "worlds", "video models", "video models that are played"
 READERS = {  # of the options that not every model reads, who does
-    **dict.fromkeys(("keys", "steps"), WORLDS),
-    **dict.fromkeys(("recipe", "checkpoint", "lora", "decoder", "size", "dtype"), VIDEOS),
-    **dict.fromkeys(("image", "video", "strength", "timeline"), VIDEOS),
+    "keys": (WORLDS, PLAYED),
+    "steps": (WORLDS,),
+    **dict.fromkeys(("recipe", "checkpoint", "lora", "decoder", "size", "dtype", "image"), (VIDEOS, PLAYED)),
+    **dict.fromkeys(("video", "strength", "timeline"), (VIDEOS,)),
 }
 
 
@@ -38,9 +40,12 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--keys",
         metavar="SCRIPT",
-        help='worlds: KEY[+KEY]*FRAMES, separated by spaces, repeated to the end; "-" is no key (default: KeyW)',
+        help="worlds and played video models: KEY[+KEY]*FRAMES, separated by spaces, repeated to the end; "
+        '"-" is no key (default: KeyW)',
     )
-    parser.add_argument("--image", type=Path, help="video models: what the first picture shows")
+    parser.add_argument(
+        "--image", type=Path, help="video models: what the first picture shows (of one that is played: must be given)"
+    )
     parser.add_argument("--video", type=Path, help="video models: a video to redraw")
     parser.add_argument(
         "--strength", type=float, help=f"how far, from 0 (kept) to 1 (ignored); default: {VIDEO_STRENGTH}"
@@ -67,8 +72,9 @@ def add_world_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything cheap, then load, then walk."""
-    videos = is_video_model(arguments, [option for option, reader in READERS.items() if reader == VIDEOS])
-    check(arguments, VIDEOS if videos else WORLDS)
+    videos = is_video_model(arguments, [option for option, readers in READERS.items() if WORLDS not in readers])
+    played = videos and is_played(arguments)
+    check(arguments, PLAYED if played else VIDEOS if videos else WORLDS)
     if videos:
         return run_video(arguments)
     import torch
@@ -87,10 +93,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace, kind: str) -> None:
-    """ValueError for an option that this kind of model does not read, and for none or two of prompt and timeline."""
-    for option, reader in READERS.items():
-        if getattr(arguments, option) is not None and kind != reader:
-            raise ValueError(f"--{option} is for {reader}; this model is none of them")
+    """ValueError for an option that this kind of model does not read, and for what it needs and is not given."""
+    for option, readers in READERS.items():
+        if getattr(arguments, option) is not None and kind not in readers:
+            raise ValueError(f"--{option} is for {' and '.join(readers)}; this model is none of them")
+    if kind == PLAYED:
+        if arguments.prompt:
+            raise ValueError("this model is played and reads no words; leave the prompt out, and say --keys")
+        if arguments.image is None:
+            raise ValueError("a world of this model begins with a picture; give one with --image")
+        return
     if arguments.prompt is None and arguments.timeline is None:
         raise ValueError("say what to draw, in words: millstream run PROMPT")
     if arguments.prompt is not None and arguments.timeline is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -9,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from millstream.kernels import philox_normal
 from millstream.models.actions import Inputs
 from millstream.models.transformer import CausalTransformer3DModel
-from millstream.pipelines.memory import memory_plan
+from millstream.pipelines.memory import memory_plan, plan_for, weight_bytes
 from millstream.pipelines.video import VideoPipeline
 from millstream.pipelines.video_actions import BUTTONS, GREY
 
@@ -27,32 +29,33 @@ CONFIG = {
 }
 
 
+def make_game(parts, buttons=4, **settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        modules = MODULES | {"keyboard_dim_in": buttons, "rope_dim_list": [8, 4, 4], "enable_mouse": buttons != 7}
+        transformer = CausalTransformer3DModel(**CONFIG, action_modules=modules).eval()
+        for name, parameter in transformer.named_parameters():
+            if "action_model.proj" in name or "proj_out.weight" in name:
+                parameter.data.mul_(3.0)
+        clip = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            )
+        ).eval()
+    others = {"recipe": "matrix_game_2", "size": (16, 32), "image_encoder": clip}
+    pipe = VideoPipeline(transformer, parts()["vae"], None, None, **others | settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def game(parts):
-    def made(buttons=4, **settings):
-        with torch.random.fork_rng():
-            torch.manual_seed(2)
-            modules = MODULES | {"keyboard_dim_in": buttons, "rope_dim_list": [8, 4, 4], "enable_mouse": buttons != 7}
-            transformer = CausalTransformer3DModel(**CONFIG, action_modules=modules).eval()
-            for name, parameter in transformer.named_parameters():
-                if "action_model.proj" in name or "proj_out.weight" in name:
-                    parameter.data.mul_(3.0)
-            clip = CLIPVisionModel(
-                CLIPVisionConfig(
-                    hidden_size=16,
-                    intermediate_size=24,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    image_size=28,
-                    patch_size=14,
-                )
-            ).eval()
-        others = {"recipe": "matrix_game_2", "size": (16, 32), "image_encoder": clip}
-        pipe = VideoPipeline(transformer, parts()["vae"], None, None, **others | settings)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return made
+    return partial(make_game, parts)
 
 
 @pytest.fixture
@@ -199,3 +202,17 @@ def test_its_plan_of_memory_is_what_it_takes_and_warming_up_draws_for_nobody(gam
         session.step()
         assert plan.kv == pipe.arena.cache.bytes
         assert plan.prompts == sum(part.nbytes for layer in pipe.arena.text for part in layer)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_its_plan_counts_clip_before_anything_is_loaded(game, tmp_path, dtype):
+    game().save_pretrained(tmp_path)
+    empty, plan = plan_for(tmp_path, torch_dtype=dtype)
+    loaded = VideoPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert empty.image_encoder.device.type == "meta"
+    assert plan.weights["image_encoder"] == weight_bytes(loaded.image_encoder) > 0
+    assert plan == memory_plan(loaded)
+    assert plan.inputs == {}, "its picture is part of every stream"
+    (tmp_path / "image_encoder" / "config.json").write_text("{bad")
+    with pytest.raises(ValueError, match="image_encoder holds no image encoder that can be read"):
+        plan_for(tmp_path)

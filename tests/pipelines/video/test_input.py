@@ -126,6 +126,48 @@ def test_a_chunk_is_drawn_as_soon_as_its_pictures_are_there(name, counts, make, 
     assert came[: len(counts)] == counts
 
 
+@pytest.mark.parametrize(("name", "counts"), [("self_forcing", [13, 25, 37]), ("krea", [13, 25, 37])])
+def test_a_video_behind_a_picture_is_redrawn_in_step_with_it(name, counts, make, video, seeded):
+    """The picture is the first latent frame; of those behind it each stands for 4 pictures of the video."""
+    pipe, taken = make(name), []
+    given = torch.cat([video, video[:4]])
+    with pipe.stream("a corgi", image=video[0], strength=0.0, generator=seeded()) as session:
+        drawn = []
+        for number, picture in enumerate(given):
+            for chunk in session.step(Frame(picture, 0.0)):
+                drawn += [chunk.data]
+                taken.append(number + 1)
+                assert sum(map(len, drawn)) == number + 1, "as many pictures came out as went in"
+    assert taken == counts
+    torch.testing.assert_close(torch.cat(drawn), coded(pipe, given), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="too short: a chunk takes 13 pictures at first"):
+        pipe("a corgi", image=video[0], video=list(video[:12]), strength=0.0)
+
+
+def test_a_stream_batch_behind_a_picture_keeps_step_too(make, video, seeded):
+    pipe, taken = make("streamdiffusion_v2"), []
+    with pipe.stream("a corgi", image=video[0], strength=0.8, generator=seeded()) as session:
+        for number, picture in enumerate(video[:25]):
+            taken += [(number + 1, len(chunk.data)) for chunk in session.step(Frame(picture, 0.0))]
+    assert taken == [(5, 5), (13, 4), (17, 4), (21, 4), (25, 4)]
+
+
+@pytest.mark.parametrize("start", ["words", "picture"])
+def test_a_video_that_joins_a_running_stream_is_redrawn_picture_for_picture(make, video, seeded, start):
+    pipe, taken = make("longlive"), []
+    image = video[0] if start == "picture" else None
+    with pipe.stream("a corgi", image=image, strength=0.0, generator=seeded()) as session:
+        session.step()
+        for number, picture in enumerate(video[:24]):
+            taken += [(number + 1, len(chunk.data)) for chunk in session.step(Frame(picture, 0.0))]
+        assert taken == [(12, 12), (24, 12)]
+        session.steer(prompt="the red fox", switch="cut")
+        again = [
+            (number + 1, len(chunk.data)) for number in range(9) for chunk in session.step(Frame(video[number], 0))
+        ]
+    assert again == [(9, 9)], "a new shot has a first frame of its own"
+
+
 def test_an_input_that_is_interrupted_by_a_snapshot_is_drawn_the_same(make, video, seeded):
     for name in ("self_forcing", "streamdiffusion_v2"):
         pipe = make(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from millstream.models.checkpoints import merge_lora
 from millstream.pipelines.timeline import Timeline
@@ -34,6 +35,62 @@ def test_an_adapter_that_is_loaded_later_is_the_one_that_is_merged_first(make, s
     pipe.load_lora_weights(path, scale=0.5)
     torch.testing.assert_close(clip(pipe, seeded), clip(merged, seeded), atol=1e-5, rtol=0)
     assert (clip(pipe, seeded) - clip(plain, seeded)).abs().max() > 0.01
+
+
+def in_words_of(dialect, weights, alpha):
+    """The adapter, as trainers write it; all but diffusers' own have an alpha of their own."""
+    pair = [weights[f"{LAYER}.lora_{half}.weight"] for half in "AB"]
+    if dialect == "diffusers":
+        return {f"transformer.{name}": value for name, value in weights.items()}
+    layer, halves = {
+        "original": ("diffusion_model.blocks.0.ffn.0", "AB"),
+        "kohya": ("diffusion_model.blocks.0.ffn.0", ("down", "up")),
+        "musubi": ("lora_unet_blocks_0_ffn_0", ("down", "up")),
+    }[dialect]
+    named = {f"{layer}.lora_{half}.weight": value for half, value in zip(halves, pair, strict=True)}
+    return named | {f"{layer}.alpha": torch.tensor(alpha)}
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "original", "kohya", "musubi"])
+def test_an_adapter_is_a_file_of_a_folder_or_a_dictionary_of_tensors(make, adapter, tmp_path, dialect):
+    weights = adapter[1]
+    stored = in_words_of(dialect, weights, 2.0)
+    save_file(stored, tmp_path / "mine.safetensors")
+    save_file({name: value + 1 for name, value in stored.items()}, tmp_path / "other.safetensors")
+    expected, from_folder, from_tensors = make("longlive"), make("longlive"), make("longlive")
+    merge_lora(expected.transformer, weights, scale=0.5)  # its rank is 2, and so is the alpha
+    from_folder.load_lora_weights(str(tmp_path), weight_name="mine.safetensors", scale=0.5)
+    from_tensors.load_lora_weights(dict(stored), scale=0.5)
+    wanted, plain = (pipe.transformer.get_parameter(f"{LAYER}.weight") for pipe in (expected, make("longlive")))
+    assert (wanted - plain).abs().max() > 0.1
+    for pipe in (from_folder, from_tensors):
+        torch.testing.assert_close(pipe.transformer.get_parameter(f"{LAYER}.weight"), wanted, atol=1e-6, rtol=0)
+
+
+def test_what_is_no_adapter_on_this_machine_is_refused_in_a_sentence(make, adapter, tmp_path, monkeypatch):
+    path, weights = adapter
+    pipe = make("longlive")
+    before = pipe.transformer.get_parameter(f"{LAYER}.weight").clone()
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("something is fetched"))
+    for source, settings, error, message in (
+        (
+            "someone/an-adapter",
+            {},
+            FileNotFoundError,
+            "fetched silently: hf download someone/an-adapter, or name a file",
+        ),
+        (tmp_path / "none.pt", {}, FileNotFoundError, "there is no file or folder .*none.pt"),
+        (tmp_path, {"weight_name": "none.pt"}, FileNotFoundError, "no file 'none.pt' in .*, which holds lora.pt"),
+        (path, {"weight_name": "lora.pt"}, ValueError, "weight_name is for folders, and .*lora.pt is a file"),
+        (weights, {"weight_name": "x"}, TypeError, "holds tensors by name and nothing else, got weight_name 'x'"),
+        ({"a": 1}, {}, TypeError, "holds tensors by name and nothing else, got int"),
+        ({}, {}, ValueError, "the adapter holds no Wan transformer"),
+        (path, {"adapter_name": "x"}, TypeError, "with its strength as scale=, and knows no adapter_name"),
+        (path, {"scale": float("nan")}, ValueError, "the strength of an adapter must be a finite number"),
+    ):
+        with pytest.raises(error, match=message):
+            pipe.load_lora_weights(source, **settings)
+    assert torch.equal(pipe.transformer.get_parameter(f"{LAYER}.weight"), before)
 
 
 @pytest.mark.parametrize("preset", ["fast", "small"])

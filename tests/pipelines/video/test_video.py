@@ -111,26 +111,6 @@ def test_a_fork_draws_the_same_until_it_is_steered(pipe, seeded):
         twin.close()
 
 
-def test_snapshots_of_another_pipeline_are_refused_and_the_stream_goes_on(make, seeded):
-    pipe, wide = make("longlive"), make("longlive", size=(16, 64))
-    with pipe.stream("a corgi", generator=seeded()) as session, wide.stream("a corgi") as other:
-        session.step()
-        other.step()
-        foreign = other.snapshot()
-        for leaves, message in (
-            (foreign.leaves, "has shape"),
-            ({"seed": 1}, "not the snapshot of a video stream"),
-            (foreign.leaves | {"rows": 2}, "has 2 rows of memory, this pipeline's recipe has 1"),
-            (foreign.leaves | {"frame": 1.5}, "damaged: frame is a float"),
-            ({k: v for k, v in foreign.leaves.items() if k != "memory.0.k"}, "row 0 of its memory is incomplete"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                session.restore(Snapshot(leaves, foreign.control, None, foreign.kind))
-        assert pipe.arena.in_use == 1, "no row is lost"
-        (chunk,) = session.step()
-        assert chunk.start == 9
-
-
 def test_memory_stays_where_it_is(make, seeded):
     pipe = make("longlive_unbounded")
     with pipe.stream("a corgi surfs", generator=seeded()) as session:
