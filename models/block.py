@@ -25,7 +25,7 @@ from ..kernels.fused import Quantized, norm_rotary, quantized_linear
 from ..streaming.kv_cache import KVChunk
 from .actions import ActionModule, Inputs
 from .modulation import gated, in_one_kernel, joined, modulated
-from .quantized import QuantizedLinear, side_by_side
+from .quantized import QuantizedLinear, is_plain, side_by_side
 
 if TYPE_CHECKING:
     from .mixers import LinearMixer
@@ -126,9 +126,9 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         """Lay the weights of q, k and v side by side, so that one product makes all three. Names and values stay."""
         linears: Any = (self.to_q, self.to_k, self.to_v)
-        kinds = {(type(linear), getattr(linear, "dtype", None)) for linear in linears}
-        if len(kinds) > 1 or type(self.to_q) not in (nn.Linear, QuantizedLinear):
-            return  # adapters and other quantised layers do more than a product
+        narrow = {linear.dtype if type(linear) is QuantizedLinear else None for linear in linears}
+        if len(narrow) > 1 or (None in narrow and not all(map(is_plain, linears))):
+            return  # adapters and what other libraries quantised do more than a product
         with torch.no_grad():
             norm = torch.stack([self.norm_q.weight, self.norm_k.weight])
             if isinstance(self.to_q, QuantizedLinear):
@@ -200,7 +200,7 @@ class Block(nn.Module):
         """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
         net: Any = self.ffn.net
         first, last = net[0].proj, net[2]
-        plain = type(first) is type(last) is nn.Linear and first.weight.dtype == x.dtype  # which autocast may change
+        plain = is_plain(first) and is_plain(last) and first.weight.dtype == x.dtype  # which autocast may change
         if in_one_kernel(x) and plain and x.dtype != torch.float32:
             flat = x.reshape(-1, x.shape[-1])
             hidden = torch._addmm_activation(first.bias, flat, first.weight.t(), use_gelu=True)
@@ -212,7 +212,7 @@ class Block(nn.Module):
     def lay_out_weights(self) -> None:
         """Put the weights into the layout that a stream on this device is fastest with; see `inputs_first`."""
         for module in self.modules():
-            if type(module) is nn.Linear:
+            if is_plain(module):
                 module.weight.data = inputs_first(module.weight.data)
         self.attn1.fuse()
 

@@ -6,7 +6,7 @@ Weights have one scale per output, activations are quantised as they come with o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,11 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.dtype}"
 
 
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """A linear layer that is a product with an ordinary tensor and nothing else: no adapter, no other library's."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+
+
 def quantize_linears(
     module: nn.Module, dtype: torch.dtype, wanted: Callable[[str], bool] = lambda name: True, *, least: int = LEAST
 ) -> int:
@@ -80,7 +85,7 @@ def quantize_linears(
     Returns:
         How many there were. Layers of other classes, such as those of adapters, stay as they are.
     """
-    found = [(name, part) for name, part in module.named_modules() if type(part) is nn.Linear and wanted(name)]
+    found = [(name, part) for name, part in module.named_modules() if is_plain(part) and wanted(name)]
     found = [(name, part) for name, part in found if min(part.in_features, part.out_features) >= max(LEAST, least)]
     for name, part in found:
         owner, _, leaf = name.rpartition(".")

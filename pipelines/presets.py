@@ -129,6 +129,11 @@ def attend_at(step: int, preset: Preset, chunk: KVChunk, kept: FlashBlock | None
 
 def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel) -> None:
     """ValueError if the weights are not what a file should hold."""
+    if getattr(transformer, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the weights were quantised by quantization_config, which cannot be read back; load them without it to "
+            "save them, and give it when loading"
+        )
     if any(isinstance(part, QuantizedLinear) for part in transformer.modules()):
         raise ValueError(
             f"the weights of a pipeline with preset {preset.name!r} are in 8 bits, which cannot be read back; load it "

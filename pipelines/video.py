@@ -123,6 +123,7 @@ class VideoPipeline(ManneredStreamer):
         decoder: str | Path | None = None,
         preset: Preset | str = "exact",
         torch_dtype: torch.dtype | None = None,
+        quantization_config: Any = None,
         headers_only: bool = False,
         **settings: Any,
     ) -> Self:
@@ -136,17 +137,14 @@ class VideoPipeline(ManneredStreamer):
             decoder: TAEHV weights (`taew2_1.pth`), or a folder of a `TinyVideoDecoder`, to decode with.
             preset: how exactly they draw, and in how much memory: exact, fast, small or a `Preset`.
             torch_dtype: of the weights.
+            quantization_config: diffusers' own: a `PipelineQuantizationConfig` for the transformer, the text encoder or
+                both, or one for the transformer, such as `TorchAoConfig`. What it quantises no preset does.
             headers_only: check everything and read no weights: a pipeline on the meta device, for `memory`.
             settings: `size`, `rate`, `text_length`: see the class.
 
         Raises:
             FileNotFoundError, ValueError: files are missing, damaged, unsafe or do not fit, with what is wrong.
         """
-        if "quantization_config" in settings:
-            raise ValueError(
-                "quantization_config is not taken here; preset='small' brings all products and the text encoder into 8 "
-                "bits, preset='fast' the wide products"
-            )
         strange = settings.keys() - {"size", "rate", "text_length"}
         if strange:
             raise TypeError(
@@ -159,6 +157,7 @@ class VideoPipeline(ManneredStreamer):
             recipe=recipe,
             decoder=decoder,
             torch_dtype=torch_dtype,
+            quantization_config=quantization_config,
             headers_only=headers_only,
         )
         return cls(**found | settings, preset=preset)

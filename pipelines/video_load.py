@@ -53,9 +53,17 @@ def load_components(
     recipe: Recipe | str | None,
     decoder: str | Path | None,
     torch_dtype: torch.dtype | None,
+    quantization_config: Any = None,
     headers_only: bool = False,
 ) -> dict[str, Any]:
     """The arguments of `VideoPipeline`; see its `from_pretrained`."""
+    narrow: dict[str, Any] = {}
+    if quantization_config is not None:
+        from ..models.library_quantizers import configs_of, quantize_as  # which import the libraries that quantise
+
+        narrow = configs_of(quantization_config)
+        if headers_only:
+            raise ValueError("what weights take under quantization_config is not known before it is done; leave it out")
     folder = local_folder(source, transformer=checkpoint is None)
     saved = saved_settings(folder, recipe is None)
     if recipe is None and "recipe" not in saved:
@@ -68,6 +76,8 @@ def load_components(
         transformer = load_transformer(need(found, "transformer", folder), config=config, lora=lora, **how)
     else:  # the folder may hold a model of another size
         transformer = load_transformer(checkpoint, family=config, lora=lora, **how)
+    if "transformer" in narrow:
+        quantize_as(transformer, narrow["transformer"])  # pyright: ignore[reportPossiblyUnboundVariable]
     vae = load_vae(need(found, "vae", folder), **how)
     reads = "text_encoder" in found
     tokenizer = need(found, "tokenizer", folder) if reads else None
@@ -75,12 +85,21 @@ def load_components(
         **{name: saved[name] for name in SETTINGS if name in saved},
         "transformer": transformer,
         "vae": vae,
-        "text_encoder": load_text_encoder(found["text_encoder"], **how) if reads else None,
+        "text_encoder": load_reader(found["text_encoder"], narrow.get("text_encoder"), **how) if reads else None,
         "tokenizer": None if tokenizer is None else load_tokenizer(tokenizer, headers_only=headers_only),
         "image_encoder": load_image_encoder(found["image_encoder"], **how) if "image_encoder" in found else None,
         "recipe": chosen,
         "decoder": _load_decoder(folder, decoder, how),
     }
+
+
+def load_reader(folder: Path, quantization_config: Any, **how: Any) -> UMT5EncoderModel:
+    """umT5's encoder; quantised ones are loaded as transformers does it."""
+    if quantization_config is None:
+        return load_text_encoder(folder, **how)
+    return UMT5EncoderModel.from_pretrained(
+        folder, quantization_config=quantization_config, dtype=how["torch_dtype"], local_files_only=True
+    ).eval()
 
 
 def load_image_encoder(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantized import QuantizedLinear
+from ..quantized import QuantizedLinear, is_plain
 from .files import read_json, read_metadata, weight_file
 from .names import transformer_name, unwrapped
 
@@ -167,6 +167,11 @@ def merge_lora(model: nn.Module, adapter: Mapping[str, Tensor], *, scale: float 
         ):
             misfits.append(f"{layer} ({up.shape[0]} x {down.shape[1]})")
             continue
+        if not is_plain(module) and not isinstance(module, QuantizedLinear):
+            raise ValueError(
+                f"{layer} was quantised by another library, and no adapter can be merged into it; give lora= when "
+                "loading, which merges before weights are quantised"
+            )
         changes[layer] = (module, down, up, _strength(adapter, layer, scale))
     if misfits:
         raise ValueError(
