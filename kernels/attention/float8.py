@@ -69,10 +69,11 @@ def float8_serves(device: torch.device, dim: int) -> bool:
 def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from .launch import operator
 
-    plan, ones = _everything(q.shape[1], k.shape[1], q.device), _ones(q.device)
+    plan = _everything(q.shape[1], k.shape[1], q.device)
     batch, heads = q.shape[0], q.shape[2]
-    blocks = [-(-x.shape[1] // size) for x, size in zip((q, k), BLOCK)]
-    scales = (ones[: batch * heads * count].view(batch, heads, count) for count in (*blocks, q.shape[3]))
+    counts = (*(-(-x.shape[1] // size) for x, size in zip((q, k), BLOCK)), q.shape[3])
+    ones = _ones(q.device, 1 << (batch * heads * max(counts)).bit_length())
+    scales = (ones[: batch * heads * count].view(batch, heads, count) for count in counts)
     eight = Quantized(q, k, v, *scales, mean_key=ones)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever its tensors are
         return operator(*operands(q, k, v, plan, None, scale, eight, torch.bfloat16))
@@ -84,8 +85,8 @@ def _everything(queries: int, keys: int, device: torch.device) -> BlockPlan:
 
 
 @cache
-def _ones(device: torch.device) -> Tensor:
-    return torch.ones(1 << 16, device=device)
+def _ones(device: torch.device, count: int) -> Tensor:
+    return torch.ones(count, device=device)
 
 
 def turned_place(token: Tensor) -> Tensor:
