@@ -8,9 +8,9 @@ from __future__ import annotations
 import html
 import re
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Lock, RLock
-from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -37,6 +37,7 @@ class PromptReader(DiffusionPipeline):
     _asked: set[str]  # of these, what is never forgotten
     _knowing: Lock  # whoever looks at these
     _reading: RLock  # whoever runs the text encoder or moves it
+    _reader_stream: torch.cuda.Stream | None = None
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """A prompt's tokens [S, D], zero behind its end, as Wan was trained: on the CPU, and kept.
@@ -112,9 +113,21 @@ class PromptReader(DiffusionPipeline):
             )
         words = self.tokenizer([text], max_length=self.text_length, truncation=True, return_tensors="pt")
         # Behind a prompt's end all is zero, and what is read before it does not depend on that: nothing is padded.
-        with _beside(self.text_encoder.device):
+        with self._aside(self.text_encoder.device):
             tokens = self.text_encoder(words["input_ids"].to(self.text_encoder.device)).last_hidden_state[0].cpu()
         return F.pad(tokens, (0, 0, 0, self.text_length - len(tokens)))
+
+    @contextmanager
+    def _aside(self, device: torch.device) -> Iterator[None]:
+        """Within: work on `device` that steps of other threads need not wait for, on a CUDA stream of its own."""
+        if device.type != "cuda":
+            yield
+            return
+        if self._reader_stream is None or self._reader_stream.device != device:
+            self._reader_stream = torch.cuda.Stream(device)
+        self._reader_stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._reader_stream):
+            yield
 
     def drop_text_encoder(self) -> None:
         """Let go of the text encoder and its memory. Prompts that were encoded before can still be used."""
@@ -131,15 +144,6 @@ class PromptReader(DiffusionPipeline):
             state.origin = state.target = None
             state.blend = 0
         return mixture
-
-
-def _beside(device: torch.device) -> AbstractContextManager[Any]:
-    """Within: work on `device` that steps of other threads need not wait for."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
 
 
 def cleaned(prompt: str) -> str:

@@ -309,4 +309,5 @@ def test_the_page_counts_a_video_model_in_the_way_it_would_be_loaded(folder):
     usual, longer = memory_plan(str(folder)), memory_plan(str(folder), "self_forcing")
     assert usual.weights["transformer"] == longer.weights["transformer"]
     assert longer.cache > usual.cache, "21 frames instead of 12"
+    assert usual.weights["pictures that come in"] > 0, "which the page takes"
     assert "there is no recipe" in memory_plan(str(folder), "krae").note

@@ -96,7 +96,8 @@ def check(arguments: argparse.Namespace, kind: str) -> None:
     """ValueError for an option that this kind of model does not read, and for what it needs and is not given."""
     for option, readers in READERS.items():
         if getattr(arguments, option) is not None and kind not in readers:
-            raise ValueError(f"--{option} is for {' and '.join(readers)}; this model is none of them")
+            named = [reader for reader in readers if reader != PLAYED or VIDEOS not in readers]
+            raise ValueError(f"--{option} is for {' and '.join(named)}; this model is none of them")
     if kind == PLAYED:
         if arguments.prompt:
             raise ValueError("this model is played and reads no words; leave the prompt out, and say --keys")

@@ -82,6 +82,8 @@ def _video_plan(model: str, folder: Path, recipe: str, preset: str, device: str,
     except (ValueError, OSError) as error:
         return MemoryPlan(model, {}, 0, free, device, f"It can't be loaded this way: {error}")
     rest = {words: size for part, words in PARTS.items() if (size := getattr(plan, part))}
+    if plan.with_inputs > plan.total:
+        rest["pictures that come in"] = plan.with_inputs - plan.total
     return MemoryPlan(model, plan.weights | rest, plan.kv, free, device)
 
 
