@@ -51,7 +51,6 @@ def main() -> None:
     batch = arguments.batch or (64 if cuda else 4)
     sizes: list[str] = str(arguments.sizes or ("large,embedded" if cuda else "embedded")).split(",")
     report: dict[str, Any] = {"command": " ".join(sys.argv), "device": describe(device)}
-    free = torch.cuda.empty_cache if cuda else lambda: None
     variants = plan(sizes, device, batch)
     if arguments.quick:
         wanted = {f"{sizes[0]}: {name}" for name in COMPARED}
@@ -61,6 +60,13 @@ def main() -> None:
     )
     report["goal"] = goal(report["variants"])
     publish(report, arguments.out)
+
+
+def free() -> None:
+    """Give back what a variant held, graphs of compiled networks too."""
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def plan(sizes: list[str], device: torch.device, batch: int) -> dict[str, Callable[[], dict[str, Any]]]:

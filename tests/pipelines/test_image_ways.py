@@ -38,14 +38,12 @@ def filled(net: Any) -> Any:
 
 
 def small_kl(channels: int = CHANNELS) -> AutoencoderKL:
+    shape: dict[str, Any] = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "sample_size": 16}
+    shape |= {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
+        **shape,
         latent_channels=channels,
         scaling_factor=0.5,
-        sample_size=16,
     ).eval()
 
 
@@ -64,12 +62,12 @@ def parts(family: str) -> dict[str, Any]:
     return {**made, "codec": VQAutoencoder(16, V, CHANNELS, (8, 16), (1, 1), (1, 1), scale_sides=SIDES).eval()}
 
 
-def quiet(pipe: ms.ImagePipeline) -> ms.ImagePipeline:
+def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def pipeline(family: str, **other: Any) -> ms.ImagePipeline:
+def pipeline(family: str, **other: Any) -> Any:
     return quiet(ms.ImagePipeline(**{**parts(family), **other}))
 
 
@@ -77,7 +75,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def drawn(pipe: ms.ImagePipeline, prompt: Any = "an apple", seed: int = 0, **given: Any) -> Tensor:
+def drawn(pipe: Any, prompt: Any = "an apple", seed: int = 0, **given: Any) -> Tensor:
     return pipe(prompt, generator=seeded(seed), output_type="latent", **given).images
 
 
