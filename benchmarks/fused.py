@@ -63,8 +63,8 @@ def elementwise(size: str) -> Iterator[Case]:
     shift, scale, gate = draw(rows, frames, 3, width, dtype=torch.float32).unbind(2)
     cos, sin = rotary_angles(torch.arange(frames, device="cuda"), 1, tokens, dim)
     plain = reference.norm_rotary_reference
-    arguments = (x, weight, cos, sin, heads, EPS, None)
-    exact = plain(x.double(), weight.double(), *arguments[2:])
+    arguments = (x, weight, cos, sin, heads, EPS, None, x.dtype)
+    exact = plain(x.double(), weight.double(), *arguments[2:-1], torch.float64)
     yield Case("norm_rotary", size, arguments, exact, {"triton": operators.norm_rotary, "eager": plain}, {"": plain})
     plain = reference.norm_modulate_reference
     arguments = (x, shift, scale, None, None, EPS)

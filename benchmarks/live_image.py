@@ -73,6 +73,8 @@ def main() -> None:
 
     variants = plan(device, quick=arguments.quick)
     if arguments.only:
+        if strange := set(arguments.only.split(";")) - variants.keys():
+            parser.error(f"there is no variant {', '.join(strange)}; there are {'; '.join(variants)}")
         variants = {name: variants[name] for name in arguments.only.split(";")}
     variants = measure_all(variants, arguments.seconds, after=forget, keep=keep)
     keep(variants, printed=True)

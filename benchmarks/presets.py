@@ -124,9 +124,9 @@ class Judge:
     def row(self, preset: Preset | str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
         """One preset against `exact`."""
         pipe = self.pipe(preset, dtype)
-        pipe.arena.recordings._record = (
-            None  # a recorded step does not know where a chunk lies: FP8 keeps nothing there
-        )
+        # A world's recorded steps do not know where a frame lies, and keep no attention in FP8. Videos' do, which these
+        # rows speak for.
+        pipe.arena.recordings._record = None
         mine = self.drawn(pipe, self.context, self.actions[:, WARM - CONTEXT :], seed)
         near, far = (images(torch.stack(frames[:32], 1)) for frames in (mine, self.exact))
         error = (near - far).square().mean((1, 2, 3, 4))

@@ -54,15 +54,16 @@ def quantize_as(model: ModelMixin, config: Any) -> None:
     """
     quantizer: Any = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
     quantizer.validate_environment(device_map=None)
-    weights = model.state_dict()
+    weights = model.state_dict(keep_vars=True)  # the parameters themselves, to see which are replaced
     kept = list(getattr(model, "_keep_in_fp32_modules", None) or ())
     quantizer.preprocess_model(model, device_map=None, keep_in_fp32_modules=kept)
     takes = inspect.signature(quantizer.create_quantized_param).parameters
     more = {name: value for name, value in {"unexpected_keys": [], "dtype": model.dtype}.items() if name in takes}
     for name, value in weights.items():
-        if quantizer.check_if_quantized_param(model, value, name, weights, param_device=value.device):
-            quantizer.create_quantized_param(model, value, name, value.device, weights, **more)
-        elif model.get_submodule(name.rpartition(".")[0])._parameters.get(name.rpartition(".")[2]) is not value:
-            set_module_tensor_to_device(model, name, value.device, value=value)
+        owner, _, leaf = name.rpartition(".")
+        if quantizer.check_if_quantized_param(model, value.detach(), name, weights, param_device=value.device):
+            quantizer.create_quantized_param(model, value.detach(), name, value.device, weights, **more)
+        elif getattr(model.get_submodule(owner), leaf) is not value:
+            set_module_tensor_to_device(model, name, value.device, value=value.detach())
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer  # as diffusers marks it

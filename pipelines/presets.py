@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from ..kernels.attention.float8 import float8_serves
@@ -37,8 +36,9 @@ class Preset:
             remembers the chunk computes everything. 0: all steps attend to everything.
         least_window: tokens in a window from which on `reuse` and `attention` are done; with fewer they gain nothing.
         attention: "fp8" multiplies queries, keys and values as float8_e4m3fn without scales, and keeps them so, on GPUs
-            that have a kernel for it (`kernels.attention.float8`); elsewhere, and under a model's own attention plan,
-            it changes nothing.
+            that have a kernel for it (`kernels.attention.float8`); elsewhere, under a model's own attention plan and
+            under a recipe with spare frames it changes nothing. A plan of memory counts what is kept at full width.
+            Worlds, whose recorded steps do not know where a frame lies, then keep no attention for later steps.
         kv: what keys and values are kept in, with a scale per token and head; None keeps them as they are computed.
         text_on_host: the text encoder stays in the host's memory and reads prompts there, wherever the rest moves.
 
@@ -103,16 +103,16 @@ def apply_preset(preset: Preset, transformer: CausalTransformer3DModel, text_enc
 
 
 def kv_storage(
-    preset: Preset, transformer: CausalTransformer3DModel, window: int, device: torch.device | None = None
+    preset: Preset, transformer: CausalTransformer3DModel, tokens: int, *, masked: bool = False
 ) -> Storage | None:
-    """How a `KVCache` keeps the keys and values of a window of so many tokens under `preset`, on the model's device or
-    another."""
+    """How a `KVCache` keeps the keys and values of a window of so many tokens under `preset`; `masked` says that a part
+    of what it holds is always hidden."""
     if preset.kv is not None:
         return EightBits(DTYPES[preset.kv])
     config = transformer.config
-    served = float8_serves(device or transformer.device, config["attention_head_dim"])
-    wanted = preset.attention is not None and window >= preset.least_window and config["attention"] is None
-    return Float8() if wanted and served else None
+    wanted = preset.attention is not None and tokens >= preset.least_window
+    plain = config["attention"] is None and not masked
+    return Float8() if wanted and plain and float8_serves(transformer.device, config["attention_head_dim"]) else None
 
 
 def kept_attention(preset: Preset, cache: KVCache) -> FlashBlock | None:
@@ -127,9 +127,9 @@ def attend_at(step: int, preset: Preset, chunk: KVChunk, kept: FlashBlock | None
     chunk.first = step == preset.reuse - 1
 
 
-def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel) -> None:
+def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel, text_encoder: nn.Module | None = None) -> None:
     """ValueError if the weights are not what a file should hold."""
-    if getattr(transformer, "hf_quantizer", None) is not None:
+    if any(getattr(part, "hf_quantizer", None) is not None for part in (transformer, text_encoder)):
         raise ValueError(
             "the weights were quantised by quantization_config, which cannot be read back; load them without it to "
             "save them, and give it when loading"

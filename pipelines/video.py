@@ -164,7 +164,7 @@ class VideoPipeline(ManneredStreamer):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers does. ValueError if a preset has changed the weights."""
-        refuse_saving(self.preset, self.transformer)
+        refuse_saving(self.preset, self.transformer, self.text_encoder)
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()

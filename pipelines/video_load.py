@@ -80,6 +80,8 @@ def load_components(
         quantize_as(transformer, narrow["transformer"])  # pyright: ignore[reportPossiblyUnboundVariable]
     vae = load_vae(need(found, "vae", folder), **how)
     reads = "text_encoder" in found
+    if "text_encoder" in narrow and not reads:
+        raise ValueError(f"quantization_config names the text encoder, and {folder} has none; leave it out")
     tokenizer = need(found, "tokenizer", folder) if reads else None
     return {
         **{name: saved[name] for name in SETTINGS if name in saved},
@@ -94,9 +96,14 @@ def load_components(
 
 
 def load_reader(folder: Path, quantization_config: Any, **how: Any) -> UMT5EncoderModel:
-    """umT5's encoder; quantised ones are loaded as transformers does it."""
+    """umT5's encoder; quantised ones are loaded as transformers does it. ValueError if that can't load it."""
     if quantization_config is None:
         return load_text_encoder(folder, **how)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"a text encoder is quantised from a folder as transformers saves it, and {folder} is none; quantise the "
+            "transformer alone, or save the encoder with save_pretrained first"
+        )
     return UMT5EncoderModel.from_pretrained(
         folder, quantization_config=quantization_config, dtype=how["torch_dtype"], local_files_only=True
     ).eval()

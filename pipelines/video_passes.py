@@ -92,7 +92,9 @@ class VideoPasses(GameReader):
             "window": recipe.memory,
             "position": recipe.position,
             "spare": recipe.spare,
-            "storage": kv_storage(self.preset, self.transformer, recipe.memory.frames * tokens),
+            "storage": kv_storage(
+                self.preset, self.transformer, recipe.memory.frames * tokens, masked=recipe.spare > 0
+            ),
         }
 
     def _run(self, kind: Hashable, step: Callable[..., Any], chunk: KVChunk, inputs: Sequence[Tensor]) -> Any:

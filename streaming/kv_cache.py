@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels.float8 import FLOAT8
 from .kv_chunk import KVChunk, KVView, Rows
 from .kv_storage import EightBits, Float8, FullPrecision, Storage
 from .window import Window
@@ -132,12 +133,15 @@ class KVCache:
 
     def restore(self, row: int, saved: Mapping[str, Tensor | int | float | str]) -> None:
         """Put a snapshot into `row`, of this cache or of another of the same shape."""
-        for name in ("k", "v", "sink_k"):
-            store, value = getattr(self, name)[:, row], saved[name]
+        stores = {name: (getattr(self, name)[:, row], saved[name]) for name in ("k", "v", "sink_k")}
+        for name, (store, value) in stores.items():  # all of them before any is taken
             if not isinstance(value, Tensor) or value.shape != store.shape:
                 seen = tuple(getattr(value, "shape", ()))
                 raise ValueError(f"the saved {name} has shape {seen}, this cache needs {tuple(store.shape)}")
-            store.copy_(value)
+            if (value.dtype == FLOAT8) != (store.dtype == FLOAT8):
+                raise ValueError(f"the saved {name} is kept in {value.dtype}, in this cache it is in {store.dtype}")
+        for store, value in stores.values():
+            store.copy_(value)  # pyright: ignore[reportArgumentType]
         self.counts[row] = int(saved["count"])
         self.reached[row] = int(saved.get("reached", saved["count"]))
         self.frames[row] = self.counts[row]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..kernels import BlockPlan, shift_frames
+from ..kernels import BlockPlan, attend, shift_frames
 from ..kernels.planners import FlashBlock
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ class KVChunk:
 
     Attributes:
         memo: what a model computes once for all passes over the chunk.
-        reuse: what keeps attention to the context from the first pass on; passes then write nothing. None: every pass
-            attends to everything. Set `first` to False after the first pass.
+        reuse: what keeps attention to the context from the first pass on; passes then write nothing, but where a
+            storage reads whole grains. None: every pass attends to everything. Set `first` to False after the first.
     """
 
     def __init__(self, cache: KVCache, rows: Rows, num_frames: int, recorded: str | None = None) -> None:
@@ -242,8 +242,11 @@ class KVChunk:
         storage = self.cache.storage
         if self.reuse is None or plan is not None or (storage.grain > 1 and self._spans is None):
             keys, values, mask = self.attend_view(layer, k, v)
-            blocks = None if plan is None else plan(layer, q, keys, values, mask)
-            return storage.attend(q, keys, values, blocks, mask=None if blocks is not None else mask)
+            if plan is None:
+                return storage.attend(q, keys, values, mask=mask)
+            q, keys, values = storage.widened(q, keys, values)
+            blocks = plan(layer, q, keys, values, mask)
+            return attend(q, keys, values, blocks, mask=None if blocks is not None else mask)
         inside = k, v
         if storage.grain > 1:
             assert self._spans is not None, "as was just asked"
@@ -266,9 +269,9 @@ class KVChunk:
     def _spans(self) -> Spans | None:
         """None where the host does not know them, or where a storage with a grain would need two for the chunk. With a
         grain some neighbours are counted to the chunk, in every pass."""
-        slots, tokens, grain = self._slots[0], self.cache.tokens_per_frame, self.cache.storage.grain
-        if self.recorded or self._mask is not None or any(others != slots for others in self._slots):
+        if self.recorded or self._mask is not None or any(slots != self._slots[0] for slots in self._slots):
             return None
+        slots, tokens, grain = self._slots[0], self.cache.tokens_per_frame, self.cache.storage.grain
         runs = [[slot for _, slot in run] for _, run in groupby(enumerate(sorted(slots)), lambda at: at[1] - at[0])]
         if grain > 1 and len(runs) > 1:
             return None

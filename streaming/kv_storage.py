@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, attend
-from ..kernels.attention.float8 import GRAIN, attend_float8, turn_values, turned_place
+from ..kernels.attention.float8 import GRAIN, attend_float8, turn_values, turned_back, turned_place
 from ..kernels.float8 import FLOAT8, to_float8
 from ..kernels.fused import quantize_rows
 from .kv_chunk import Places, Rows, Slices
@@ -60,6 +60,10 @@ class Storage(Protocol):
         """`kernels.attend` over keys and values as they are read."""
         ...
 
+    def widened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and keys and values as they were read, as `kernels.attend` takes them: [B, L, H, D] of one dtype."""
+        ...
+
 
 class FullPrecision:
     """Keys and values as the model computes them."""
@@ -92,6 +96,9 @@ class FullPrecision:
         return_lse: bool = False,
     ) -> Any:
         return attend(q, k, v, plan, mask=mask, return_lse=return_lse)
+
+    def widened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q, k, v
 
 
 class EightBits(FullPrecision):
@@ -157,9 +164,12 @@ class Float8(FullPrecision):
         return_lse: bool = False,
     ) -> Any:
         if plan is not None:
-            raise ValueError("keys and values in float8 are attended to without a plan; keep them as they are computed")
+            raise ValueError("float8 is attended to without a plan; give the plan what `widened` makes of it")
         out, lse = attend_float8(to_float8(q), k, v, mask=mask)
         return (out, lse) if return_lse else out
+
+    def widened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q.bfloat16(), k.bfloat16(), turned_back(v, k.shape[1]).bfloat16()
 
 
 class TurnedFloat8(Float8):

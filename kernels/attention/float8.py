@@ -31,7 +31,8 @@ def attend_float8(
     Args:
         q: queries [B, Lq, H, D], float8_e4m3fn like k and v.
         k: keys [B, Lk, H, D].
-        v: turned values [B, H, D, Lk or more], as `turn_values` wrote them; what lies past the keys must be finite.
+        v: turned values [B, H, D, n], as `turn_values` wrote them, n a multiple of 16 from Lk on; what lies past the
+            keys must be finite.
         mask: bool, broadcastable to [B, H, Lq, Lk]; True where a query sees a key.
         scale: multiplies the scores; None means D ** -0.5.
 
@@ -44,10 +45,11 @@ def attend_float8(
     if not q.dtype == k.dtype == v.dtype == FLOAT8:
         raise TypeError(f"attend_float8 wants float8_e4m3fn, got {q.dtype}, {k.dtype} and {v.dtype}")
     batch, tokens, heads, dim = k.shape
-    if v.shape[:3] != (batch, heads, dim) or v.shape[3] < tokens or (q.shape[0], *q.shape[2:]) != (batch, heads, dim):
+    turned = v.shape[:3] == (batch, heads, dim) and v.shape[3] >= tokens and v.shape[3] % GRAIN == 0
+    if not turned or (q.shape[0], *q.shape[2:]) != (batch, heads, dim):
         raise ValueError(
-            f"attend_float8 wants q [B, Lq, H, D], k [B, Lk, H, D] and turned values [B, H, D, Lk or more], got "
-            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            f"attend_float8 wants q [B, Lq, H, D], k [B, Lk, H, D] and turned values [B, H, D, n], n a multiple of "
+            f"{GRAIN} from Lk on, got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
     scale = float(dim**-0.5) if scale is None else scale
     if mask is None and tokens and float8_serves(q.device, dim):
@@ -96,7 +98,7 @@ def turned_place(token: Tensor) -> Tensor:
 
 def turn_values(v: Tensor, out: Tensor, start: int = 0) -> None:
     """Write values [B, n, H, D], any floating dtype, into turned values `out` [B, H, D, L], tokens `start` and on."""
-    if runs_triton(v) and out.is_cuda:
+    if out.is_cuda and runs_triton(v, what="the float8_e4m3fn Triton kernel", capability=(8, 9)):
         from .quantize_triton import turn_into_triton
 
         turn_into_triton(v if v.stride(-1) == 1 else v.contiguous(), out, start)

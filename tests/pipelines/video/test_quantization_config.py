@@ -78,3 +78,8 @@ def test_the_text_encoder_is_quantised_by_transformers(folder, seeded):
     pipe = VideoPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=both)
     assert not all(is_plain(part) for part in pipe.text_encoder.modules() if isinstance(part, nn.Linear))
     assert clip(pipe, seeded).isfinite().all()
+    with pytest.raises(ValueError, match="quantised by quantization_config, which cannot be read back"):
+        pipe.save_pretrained(folder / "again")
+    (folder / "text_encoder" / "config.json").rename(folder / "config.json")
+    with pytest.raises(ValueError, match="text_encoder is none; quantise the transformer alone"):
+        VideoPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=both)
