@@ -41,8 +41,8 @@ lint: $(STAMP) .types/millstream
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The tests' tensors are small: on a large machine many threads would only wait for each other.
-test: export OMP_NUM_THREADS ?= 2
+# The tests' tensors are small: threads would only wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(BIN)/pytest -q
 
