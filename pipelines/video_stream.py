@@ -180,6 +180,8 @@ class VideoStreamer(VideoDrawer):
                 f"{list(picture.shape)} in {picture.dtype}"
             )
         recipe = self.recipe
+        if self.is_game:
+            raise ValueError("a world that is played redraws no video: give the picture that it begins with as image=")
         if recipe.plan == "triangle":
             raise ValueError(f"recipe {recipe.name!r} draws from prompts alone; to redraw a video, take another recipe")
         least = recipe.told_less + recipe.motion + (recipe.sigmas()[1] if recipe.plan == "batch" else 0.0)

@@ -181,6 +181,8 @@ def test_what_a_played_model_refuses(game, make, picture):
         game(image_encoder=None).stream("", image=picture).step()
     with pytest.raises(ValueError, match="unknown control keys"):
         make().stream("a corgi surfs").steer(keys={"KeyW"})
+    with pytest.raises(ValueError, match="a world that is played redraws no video"):
+        game()("", image=picture, video=[picture] * 20)
 
 
 def test_a_session_is_saved_and_goes_on_the_same(game, picture, seeded):
