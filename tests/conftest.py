@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, as diffusers does where torchao is there
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,8 +22,6 @@ def ctrl_c_is_heard() -> None:
 @pytest.fixture(scope="session")
 def speech_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny speaking model with random weights, saved as a pipeline; its voices are ann and bob."""
-    import torch
-
     from millstream.models.audio_codec import AudioCodec
     from millstream.models.pronouncer import Pronouncer
     from millstream.models.speech import SpeechTransformer

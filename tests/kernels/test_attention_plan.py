@@ -6,14 +6,10 @@ Without a GPU the kernel runs in Triton's interpreter, at the same small sizes.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is first imported
 
 from millstream.kernels import BlockPlan, attend, merge
 from millstream.kernels.attention import BoxMask, KVSummary, Permutation, RowMask, causal_frames, window_mask
