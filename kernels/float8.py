@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-LARGEST = 448.0
+LARGEST = torch.finfo(FLOAT8).max
 
 
 def to_float8(x: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels import BlockPlan, attend
-from ..kernels.attention.float8 import GRAIN, attend_float8, turn_values, turned_back, turned_place
+from ..kernels.attention.float8 import attend_float8
+from ..kernels.attention.turned import GRAIN, turn_values, turned_back, turned_place
 from ..kernels.float8 import FLOAT8, to_float8
 from ..kernels.fused import quantize_rows
 from .kv_chunk import Places, Rows, Slices
@@ -24,11 +26,13 @@ class Storage(Protocol):
         reads_views: whether `read` gives a live view of neighbouring rows, so that it need not be asked again.
         attends_in: the dtype that queries and keys are wanted in; None takes them as the model computes them.
         grain: a span of tokens is read from a multiple of it on.
+        attend: `kernels.attend` over keys and values as they are read.
     """
 
     reads_views: ClassVar[bool]
     attends_in: ClassVar[torch.dtype | None]
     grain: ClassVar[int]
+    attend: ClassVar[Callable[..., Any]]
 
     @property
     def values(self) -> Storage:
@@ -47,19 +51,6 @@ class Storage(Protocol):
         """Tokens [B, end - start, H, D] of some rows, or what `attend` wants instead."""
         ...
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan | None = None,
-        *,
-        mask: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Any:
-        """`kernels.attend` over keys and values as they are read."""
-        ...
-
     def widened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, and keys and values as they were read, as `kernels.attend` takes them: [B, L, H, D] of one dtype."""
         ...
@@ -71,6 +62,7 @@ class FullPrecision:
     reads_views: ClassVar[bool] = True
     attends_in: ClassVar[torch.dtype | None] = None
     grain: ClassVar[int] = 1
+    attend: ClassVar[Callable[..., Any]] = staticmethod(attend)
 
     @property
     def values(self) -> Storage:
@@ -84,18 +76,6 @@ class FullPrecision:
 
     def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
         return rows.take(store[layer])[:, start:end]
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan | None = None,
-        *,
-        mask: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Any:
-        return attend(q, k, v, plan, mask=mask, return_lse=return_lse)
 
     def widened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
@@ -132,12 +112,28 @@ class EightBits(FullPrecision):
         return values.to(self.dtype).mul_(scale)
 
 
+def _attend_kept(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan | None = None,
+    *,
+    mask: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if plan is not None:
+        raise ValueError("float8 is attended to without a plan; give the plan what `widened` makes of it")
+    out, lse = attend_float8(to_float8(q), k, v, mask=mask)
+    return (out, lse) if return_lse else out
+
+
 class Float8(FullPrecision):
     """Keys and values as float8_e4m3fn without scales, half of bfloat16's memory, multiplied as they are
     (`kernels.attention.float8`)."""
 
     attends_in: ClassVar[torch.dtype | None] = FLOAT8
     grain: ClassVar[int] = GRAIN
+    attend: ClassVar[Callable[..., Any]] = staticmethod(_attend_kept)
 
     @property
     def values(self) -> Storage:
@@ -152,21 +148,6 @@ class Float8(FullPrecision):
 
     def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:
         return rows.take(store[layer].view(torch.uint8))[:, start:end].view(FLOAT8)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: BlockPlan | None = None,
-        *,
-        mask: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Any:
-        if plan is not None:
-            raise ValueError("float8 is attended to without a plan; give the plan what `widened` makes of it")
-        out, lse = attend_float8(to_float8(q), k, v, mask=mask)
-        return (out, lse) if return_lse else out
 
     def widened(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q.bfloat16(), k.bfloat16(), turned_back(v, k.shape[1]).bfloat16()

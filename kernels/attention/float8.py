@@ -1,8 +1,7 @@
 """Attention over queries, keys and values that are float8_e4m3fn as they lie in memory, without scales.
 
 Queries and keys are normed, and e4m3 has the same relative error of at most 1/16 from 1/64 up to 448: a scale would
-give them nothing. Values lie *turned*, [B, H, D, L], the keys of each 16 in `key_order`, as Hopper's FP8 tensor cores
-want them.
+give them nothing. Values lie turned, as `turned` tells.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..backend import runs_triton
-from ..float8 import FLOAT8, to_float8
-from .dense import attend_dense_with_lse
+from ..float8 import FLOAT8
+from . import attend
 from .plan import BlockPlan
 from .quantize import Quantized
 from .sparse import operands
+from .turned import GRAIN, turned_back
 
-GRAIN = 16  # tokens that are turned together
 BLOCK = (64, 128)
 
 
@@ -55,9 +54,7 @@ def attend_float8(
     if mask is None and tokens and float8_serves(q.device, dim):
         return _triton(q, k, v, scale)
     wide = (q.bfloat16(), k.bfloat16(), turned_back(v, tokens).bfloat16())
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).expand(-1, -1, -1, tokens)
-    return attend_dense_with_lse(*wide, mask, scale)
+    return attend(*wide, mask=mask, scale=scale, return_lse=True)
 
 
 @cache
@@ -89,26 +86,3 @@ def _everything(queries: int, keys: int, device: torch.device) -> BlockPlan:
 @cache
 def _ones(device: torch.device, count: int) -> Tensor:
     return torch.ones(count, device=device)
-
-
-def turned_place(token: Tensor) -> Tensor:
-    """Where a token's value lies among turned values: the inverse of `key_order`, of any integers."""
-    return token // 16 * 16 + token % 8 // 2 * 4 + token % 16 // 8 * 2 + token % 2
-
-
-def turn_values(v: Tensor, out: Tensor, start: int = 0) -> None:
-    """Write values [B, n, H, D], any floating dtype, into turned values `out` [B, H, D, L], tokens `start` and on."""
-    if out.is_cuda and runs_triton(v, what="the float8_e4m3fn Triton kernel", capability=(8, 9)):
-        from .quantize_triton import turn_into_triton
-
-        turn_into_triton(v if v.stride(-1) == 1 else v.contiguous(), out, start)
-        return
-    at = turned_place(torch.arange(start, start + v.shape[1], device=v.device))
-    # As bytes, which every kernel of PyTorch can move.
-    out.view(torch.uint8).permute(0, 3, 1, 2)[:, at] = to_float8(v).view(torch.uint8)
-
-
-def turned_back(v: Tensor, tokens: int) -> Tensor:
-    """The first tokens [B, tokens, H, D] of turned values [B, H, D, L]."""
-    at = turned_place(torch.arange(tokens, device=v.device))
-    return v.view(torch.uint8)[..., at].permute(0, 3, 1, 2).contiguous().view(FLOAT8)

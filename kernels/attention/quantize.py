@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backend import runs_triton
+from .turned import GRAIN, turn_values, turned_back
 
 Quantize = Literal["fp8", "int8"]
 LARGEST = {"fp8": 448.0, "int8": 127.0}
@@ -55,25 +56,11 @@ def _turned(v: Tensor) -> tuple[Tensor, Tensor]:
     low, high = v.aminmax(dim=1)
     scale = torch.maximum(high, -low).float() / LARGEST["fp8"] + EPSILON
     batch, tokens, heads, dim = v.shape
-    rows = -(-tokens // 16) * 16  # a tensor descriptor's rows start at multiples of 16 bytes
+    rows = -(-tokens // GRAIN) * GRAIN  # a tensor descriptor's rows start at multiples of 16 bytes
     v8 = torch.empty((batch, heads, dim, rows), dtype=DTYPE["fp8"], device=v.device)
-    if runs_triton(v):
-        from .quantize_triton import turn_triton
-
-        turn_triton(v, scale, v8)
-        return v8, scale
-    turned = (v.float() / scale[:, None]).permute(0, 2, 3, 1).to(DTYPE["fp8"])
-    padded = torch.nn.functional.pad(turned.view(torch.uint8), (0, rows - tokens))
-    v8.copy_(padded[..., key_order(rows, v.device)].view(DTYPE["fp8"]))
+    v8.view(torch.uint8)[..., tokens // GRAIN * GRAIN :] = 0  # past the end
+    turn_values(v, v8, scale=scale)
     return v8, scale
-
-
-def key_order(rows: int, device: torch.device) -> Tensor:
-    """Which token stands at each place of the turned values, int64 [rows], a multiple of 16.
-
-    Of 16 keys the pairs are 0 4 1 5 2 6 3 7: those of one thread in the scores' tile become neighbours.
-    """
-    return torch.arange(rows, device=device).view(-1, 2, 4, 2).transpose(1, 2).flatten()
 
 
 def quantize_tiles(x: Tensor, block: int, how: Quantize, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -106,6 +93,5 @@ def dequantize(quantized: Quantized, block: tuple[int, int], dtype: torch.dtype)
     )
     v = quantized.v
     if quantized.v_scale is not None:
-        in_order = v.to(dtype)[..., key_order(v.shape[-1], v.device).argsort()]
-        v = (in_order * quantized.v_scale.to(dtype)[..., None]).permute(0, 3, 1, 2)[:, : k.shape[1]]
+        v = turned_back(v, k.shape[1]).to(dtype) * quantized.v_scale.to(dtype)[:, None]
     return q, k, v.to(dtype)

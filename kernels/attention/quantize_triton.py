@@ -50,53 +50,32 @@ def quantize_tiles_triton(x: Tensor, block: int, how: str, mean: Tensor | None) 
     return out, scale
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _turn_kernel(
-    v_ptr, scale_ptr, out_ptr, sb, sl, sh, rows, padded, heads, tile: tl.constexpr, dim: tl.constexpr
-):  # fmt: skip
-    pair = tl.program_id(1).to(tl.int64)
-    batch, head = pair // heads, pair % heads
-    at = tl.program_id(0) * tile + tl.arange(0, tile)
-    channels = tl.arange(0, dim)
-    token = at // 16 * 16 + at % 16 // 2 % 2 * 8 + at % 16 // 4 * 2 + at % 2  # see `quantize.key_order`
-    v_at = v_ptr + batch * sb + head * sh + token.to(tl.int64)[:, None] * sl + channels[None, :]
-    v = tl.load(v_at, mask=(token < rows)[:, None], other=0.0).to(tl.float32)
-    v = tl.trans(v / tl.load(scale_ptr + pair * dim + channels)[None, :])
-    out_at = out_ptr + (pair * dim + channels)[:, None] * padded + at[None, :]
-    tl.store(out_at, v.to(out_ptr.dtype.element_ty), mask=(at < padded)[None, :])
-
-
-def turn_triton(v: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out [B, H, D, rows] = v [B, L, H, D] / scale [B, H, D] in `quantize.key_order`, zeros past L."""
-    batch, rows, heads, dim = v.shape
-    tile = 128
-    _turn_kernel[(triton.cdiv(out.shape[-1], tile), batch * heads)](
-        v, scale, out, *v.stride()[:3], rows, out.shape[-1], heads, tile=tile, dim=dim
-    )
-
-
 @triton.jit(do_not_specialize=["start", "tokens"])
-def _turn_into_kernel(
-    v_ptr, out_ptr, sb, sl, sh, ob, oh, od, start, tokens, heads, tile: tl.constexpr, dim: tl.constexpr
+def _turn_kernel(
+    v_ptr, scale_ptr, out_ptr, sb, sl, sh, ob, oh, od, start, tokens, heads,
+    tile: tl.constexpr, dim: tl.constexpr, scaled: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
     at = start // 16 * 16 + tl.program_id(0) * tile + tl.arange(0, tile)
     channels = tl.arange(0, dim)
-    token = at // 16 * 16 + at % 16 // 2 % 2 * 8 + at % 16 // 4 * 2 + at % 2 - start  # see `quantize.key_order`
+    token = at // 16 * 16 + at % 16 // 2 % 2 * 8 + at % 16 // 4 * 2 + at % 2 - start  # see `turned.key_order`
     known = (token >= 0) & (token < tokens)
     v_at = v_ptr + batch * sb + head * sh + token.to(tl.int64)[:, None] * sl + channels[None, :]
     v = tl.load(v_at, mask=known[:, None], other=0.0).to(tl.float32)
+    if scaled:
+        v = v / tl.load(scale_ptr + pair * dim + channels)[None, :]
     v = tl.trans(tl.minimum(tl.maximum(v, -448.0), 448.0))
     out_at = out_ptr + batch * ob + head * oh + channels[:, None] * od + at.to(tl.int64)[None, :]
     tl.store(out_at, v.to(out_ptr.dtype.element_ty), mask=known[None, :])
 
 
-def turn_into_triton(v: Tensor, out: Tensor, start: int) -> None:
-    """See `float8.turn_values`."""
+def turn_triton(v: Tensor, out: Tensor, start: int, scale: Tensor | None) -> None:
+    """See `turned.turn_values`."""
     batch, tokens, heads, dim = v.shape
     tile = 128
     with torch.cuda.device_of(v):  # Triton launches on the current device, wherever its tensors are
-        _turn_into_kernel[(triton.cdiv(start % 16 + tokens, tile), batch * heads)](
-            v, out, *v.stride()[:3], *out.stride()[:3], start, tokens, heads, tile=tile, dim=dim
-        )
+        _turn_kernel[(triton.cdiv(start % 16 + tokens, tile), batch * heads)](
+            v, scale, out, *v.stride()[:3], *out.stride()[:3], start, tokens, heads,
+            tile=tile, dim=dim, scaled=scale is not None,
+        )  # fmt: skip

@@ -31,7 +31,7 @@ def softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.const
 
 @triton.jit
 def operand_order(p):
-    """p [tile_q, tile_k] with the keys of each 16 in the order in which `quantize.key_order` lays the values.
+    """p [tile_q, tile_k] with the keys of each 16 in the order in which `turned.key_order` lays the values.
 
     A thread that holds the sum of a product holds just these keys of the next product's 8-bit operand, so that nothing
     moves between threads (as FlashAttention-3 does, arXiv 2407.08608, section 3.3).

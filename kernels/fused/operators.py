@@ -13,7 +13,7 @@ CAPABILITY = {torch.int8: (8, 0), torch.float8_e4m3fn: (8, 9)}
 
 
 def runs_in(dtype: torch.dtype, x: Tensor) -> bool:
-    return runs_triton(x, what=f"the {str(dtype)[6:]} Triton kernel", capability=CAPABILITY.get(dtype, (8, 0)))
+    return runs_triton(x, what=f"the {str(dtype)[6:]} Triton kernel", capability=CAPABILITY.get(dtype, (0, 0)))
 
 
 @torch.library.custom_op(
@@ -32,7 +32,7 @@ def norm_rotary(
     permutation: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not (runs_triton(x) if dtype == x.dtype else runs_in(dtype, x)):
+    if not runs_in(dtype, x):
         return reference.norm_rotary_reference(x, weight, cos, sin, heads, eps, permutation, dtype).contiguous()
     from .triton import norm_rotary_triton
 

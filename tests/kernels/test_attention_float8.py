@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from millstream.kernels import attend
-from millstream.kernels.attention.float8 import (
-    GRAIN,
-    attend_float8,
-    float8_serves,
-    turn_values,
-    turned_back,
-    turned_place,
-)
-from millstream.kernels.attention.quantize import key_order
+from millstream.kernels.attention.float8 import attend_float8, float8_serves
+from millstream.kernels.attention.turned import GRAIN, key_order, turn_values, turned_back, turned_place
 from millstream.kernels.float8 import FLOAT8, to_float8
 from millstream.streaming.kv_cache import Float8, KVCache, Window
 
