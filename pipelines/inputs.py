@@ -94,18 +94,17 @@ def leaves_out(state: Watching, control: Skipping, picture: Tensor) -> bool:
     return left_out
 
 
-def has_a_hole(state: Watching, control: Skipping, chunks: Sequence[Chunk]) -> bool:
-    """Keep the last picture of a step, if the filter is on; or tell that the step made none where one was shown before.
+def keep_shown(state: Watching, control: Skipping, chunks: Sequence[Chunk]) -> None:
+    """Keep the last picture of a step, with its version and time, if the filter is on.
 
-    With a stream batch that is so when a still scene begins to move: its frames are under way while the still ones were
-    left out. Then the kept picture is shown once more, with the version and time that it had.
+    Where a later step makes none it is shown once more. With a stream batch that is so when a still scene begins to
+    move: its frames are under way while the still ones were left out.
     """
     if control.skip_similar is None:
         state.picture = None
     elif chunks:
         state.picture = chunks[-1].data.clone()
         state.shown_version, state.shown_time = chunks[-1].version, chunks[-1].time
-    return not chunks and state.picture is not None
 
 
 def strength_for(state: WorldState, control: WorldControl, picture: Tensor) -> float:

@@ -25,7 +25,7 @@ from ..samplers.schedules import check_count
 from ..streaming import Chunk, Frame, ImageControl, Session
 from ..streaming.graphs import fastest_convolutions
 from ..streaming.types import Leaves
-from .inputs import has_a_hole, leaves_out, look_at
+from .inputs import keep_shown, leaves_out, look_at
 from .live_draw import USUAL_STRENGTH, ImageDrawer
 from .live_lanes import Arriving, Lane
 from .live_session import SourceSession, size_of
@@ -198,7 +198,8 @@ class LiveImagePipeline(ImageDrawer):
             self._move_until_done(lane, [states[number] for number in alone], chunks, alone)
             self._tick(lane, [states[number] for number in flying], chunks, flying)
             for state, control, drawn in zip(states, controls, chunks):
-                if has_a_hole(state, control, drawn):
+                keep_shown(state, control, drawn)
+                if not drawn and state.picture is not None:
                     drawn.append(self._again(state, state.shown_version, state.shown_time))
             return chunks
 

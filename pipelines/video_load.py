@@ -68,7 +68,7 @@ def load_components(
     saved = saved_settings(folder, recipe is None)
     if recipe is None and "recipe" not in saved:
         raise ValueError(f"{folder} does not say how its weights are run; give recipe=, one of {', '.join(RECIPES)}")
-    chosen = find_recipe(saved["recipe"]) if recipe is None else find_recipe(recipe)
+    chosen = find_recipe(saved["recipe"] if recipe is None else recipe)
     found = find_parts(folder)
     config = read_json(folder / "transformer" / "config.json")
     how: dict[str, Any] = {"torch_dtype": torch_dtype, "headers_only": headers_only}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..streaming import Chunk, Frame, WorldControl
 from ..streaming.types import Leaves
-from .inputs import has_a_hole, leaves_out, strength_for
+from .inputs import keep_shown, leaves_out, strength_for
 from .stream_batch import StreamBatch
 from .world_state import Flight, FlyingFrame, WorldState, from_leaves, to_leaves
 
@@ -103,7 +103,8 @@ class WorldStreams(StreamBatch):
             for state, chunk in self._advance_jobs(jobs, flying):
                 chunks[state.row].append(chunk)
             for state, control in zip(states, controls):
-                if has_a_hole(state, control, chunks[state.row]):
+                keep_shown(state, control, chunks[state.row])
+                if not chunks[state.row] and state.picture is not None:
                     chunks[state.row].append(self._again(state, state.shown_version, state.shown_time))
         return [chunks[state.row] for state in states]
 

@@ -57,12 +57,15 @@ def open_checkpoint(source: str | Path, *, ema: bool = True, headers_only: bool 
     return recognised(read_weights(source, headers_only=headers_only), source, ema=ema)
 
 
-def open_adapter(source: str | Path | Mapping[str, Any], *, weight_name: str | None = None) -> Checkpoint:
+def open_adapter(
+    source: str | Path | Mapping[str, Any], *, weight_name: str | None = None, headers_only: bool = False
+) -> Checkpoint:
     """Read an adapter for a transformer, in whatever dialect it is.
 
     Args:
         source: a file, a folder, a repository of the Hugging Face hub that was fetched before, or the tensors by name.
         weight_name: which file of the folder.
+        headers_only: leave the tensors of files on the meta device.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: as `open_checkpoint`; it is no adapter, or not on this machine.
@@ -75,9 +78,11 @@ def open_adapter(source: str | Path | Mapping[str, Any], *, weight_name: str | N
         found, source = recognised(source, "the adapter", settings={}), "the adapter"
     else:
         source = adapter_file(source, weight_name)
-        found = open_checkpoint(source)
+        found = open_checkpoint(source, headers_only=headers_only)
     if found.dialect != "lora":
-        raise ValueError(f"{source} is a whole model ({found.dialect}), no adapter; give it as checkpoint=")
+        raise ValueError(
+            f"{source} is a whole model ({found.dialect}), no adapter; give it as the model itself, or checkpoint="
+        )
     return found
 
 

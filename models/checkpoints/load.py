@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ..transformer import CausalTransformer3DModel
-from .dialects import open_checkpoint
+from .dialects import open_adapter, open_checkpoint
 from .files import named_tensors, read_json, read_weights
 from .lora import merge_lora
 from .names import text_encoder_name, unwrapped, vae_name
@@ -63,10 +63,7 @@ def load_transformer(
     model = _built(lambda: CausalTransformer3DModel.from_config(settings), source)
     fill(model, weights, source, torch_dtype)
     if lora is not None:
-        adapter = open_checkpoint(lora, headers_only=headers_only)
-        if adapter.dialect != "lora":
-            raise ValueError(f"{lora} is a whole model ({adapter.dialect}), no adapter; give it as the model itself")
-        merge_lora(model, adapter.weights, scale=lora_scale)
+        merge_lora(model, open_adapter(lora, headers_only=headers_only).weights, scale=lora_scale)
     return model.eval()
 
 
