@@ -40,7 +40,7 @@ COMPILING = 60.0  # seconds, before a compiled network draws
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument("--out", help="also write the JSON here, anew after every variant")
     parser.add_argument("--seconds", type=float, default=900, help="start no variant after this time")
     parser.add_argument("--batch", type=int, help="pictures at once (default: 64 on CUDA, 4 elsewhere)")
     parser.add_argument("--sizes", help=f"some of {','.join(SIZES)} (default: large,embedded on CUDA, else embedded)")
@@ -55,11 +55,18 @@ def main() -> None:
     if arguments.quick:
         wanted = {f"{sizes[0]}: {name}" for name in COMPARED}
         variants = {name: run for name, run in variants.items() if name in wanted}
-    report["variants"] = measure_all(
-        variants, arguments.seconds, reserve=lambda name: COMPILING if "compiled" in name else 0.0, after=free
+
+    def keep(measured: dict[str, Any], *, printed: bool = False) -> None:
+        publish({**report, "variants": measured, "goal": goal(measured)}, arguments.out, printed=printed)
+
+    measured = measure_all(
+        variants,
+        arguments.seconds,
+        reserve=lambda name: COMPILING if "compiled" in name else 0.0,
+        after=free,
+        keep=keep,
     )
-    report["goal"] = goal(report["variants"])
-    publish(report, arguments.out)
+    keep(measured, printed=True)
 
 
 def free() -> None:

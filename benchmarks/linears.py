@@ -4,7 +4,8 @@
 
 M is 4680, the tokens of three latent frames at 480 x 832. Times are medians of CUDA graph replays with inputs warm in
 the cache; TFLOP/s in brackets. A column whose results are wrong says so instead. Below: each int8 product alone by
-tiles (rows, columns, depth, warps, stages; "bulk": fetched by the copy engine).
+tiles (rows, columns, depth, warps, stages; "bulk": fetched by the copy engine; "n each": so many programs for each
+multiprocessor, which take one tile after the other).
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def columns_of(depth: int, columns: int) -> tuple[dict[str, Callable[[], Tensor]
         "quantise alone": lambda: quantised(torch.int8)[0],
     }
     tiles = {
-        " ".join(str(part) for part in each[:5]) + " bulk" * each.bulk: (
+        " ".join(str(part) for part in each[:5])
+        + " bulk" * each.bulk
+        + f" {each.resident} each" * (each.resident > 0): (
             lambda each=each: quantized_product_triton(*rows, *whole, bias, x.dtype, each)
         )
         for each in CANDIDATES

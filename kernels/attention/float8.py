@@ -15,8 +15,7 @@ from ..backend import runs_triton
 from ..float8 import FLOAT8
 from . import attend
 from .plan import BlockPlan
-from .quantize import Quantized
-from .sparse import operands
+from .sparse import attend_triton
 from .turned import GRAIN, turned_back
 
 BLOCK = (64, 128)
@@ -52,7 +51,7 @@ def attend_float8(
         )
     scale = float(dim**-0.5) if scale is None else scale
     if mask is None and tokens and float8_serves(q.device, dim):
-        return _triton(q, k, v, scale)
+        return attend_triton(q, k, v, _everything(q.shape[1], tokens, q.device), None, scale, dtype=torch.bfloat16)
     wide = (q.bfloat16(), k.bfloat16(), turned_back(v, tokens).bfloat16())
     return attend(*wide, mask=mask, scale=scale, return_lse=True)
 
@@ -65,24 +64,6 @@ def float8_serves(device: torch.device, dim: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9 and runs_triton(torch.empty(0, device=device))
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from .launch import operator
-
-    plan = _everything(q.shape[1], k.shape[1], q.device)
-    batch, heads = q.shape[0], q.shape[2]
-    counts = (*(-(-x.shape[1] // size) for x, size in zip((q, k), BLOCK)), q.shape[3])
-    ones = _ones(q.device, 1 << (batch * heads * max(counts)).bit_length())
-    scales = (ones[: batch * heads * count].view(batch, heads, count) for count in counts)
-    eight = Quantized(q, k, v, *scales, mean_key=ones)
-    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever its tensors are
-        return operator(*operands(q, k, v, plan, None, scale, eight, torch.bfloat16))
-
-
 @cache  # for a step that is recorded must not make it
 def _everything(queries: int, keys: int, device: torch.device) -> BlockPlan:
     return BlockPlan.dense(queries, keys, BLOCK, device)
-
-
-@cache
-def _ones(device: torch.device, count: int) -> Tensor:
-    return torch.ones(count, device=device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..float8 import FLOAT8
 from .backward import backward, keep
 from .merge_triton import merge_stacked
 from .triton import attend_kernel
@@ -104,11 +105,13 @@ def attend_blocks(
     """Returns (out [B, L, H, D] in `out_dtype`, lse float32 [B, H, L]); `splits` 0 chooses.
 
     With `gathered`, keys were put in order for this call: the padding of a full block is finite, and only hidden.
-    With `v_scale` (FP8) v is [B, H, D, L], so that its keys lie next to one another; otherwise [B, L, H, D].
+    In FP8 v is turned, [B, H, D, L], so that its keys lie next to one another; otherwise it is [B, L, H, D]. Numbers of
+    8 bits without scales are what they say.
     """
     batch, q_rows, heads, dim = q.shape
     k_rows = k.shape[1]
-    quantize = "none" if q_scale is None else "int8" if v_scale is None else "fp8"
+    quantize = {torch.int8: "int8", FLOAT8: "fp8"}.get(q.dtype, "none")
+    v_row = quantize != "fp8"
     capability, processors, shared = (9, 132, 232448) if not q.is_cuda else _device(q)
     config = config or choose_config((block_q, block_k), dim, q.dtype, shared)
     n_q, width = indices.shape[2:]
@@ -124,10 +127,10 @@ def attend_blocks(
     k_desc = v_desc = None
     if descriptors:
         k_desc = _rows_descriptor(k, config.tile_k)
-        v_desc = _rows_descriptor(v, config.tile_k) if v_scale is None else _turned_descriptor(v, config.tile_k)
+        v_desc = _rows_descriptor(v, config.tile_k) if v_row else _turned_descriptor(v, config.tile_k)
         descriptors = k_desc is not None and v_desc is not None
     # In the kernel v's strides are (row, token, head, channel), whichever way it lies.
-    v_sb, v_sl, v_sh, v_sd = v.stride() if v_scale is None else (v.stride(0), v.stride(3), v.stride(1), v.stride(2))
+    v_sb, v_sl, v_sh, v_sd = v.stride() if v_row else (v.stride(0), v.stride(3), v.stride(1), v.stride(2))
     options = {"maxnreg": config.max_registers} if config.max_registers else {}
     attend_kernel[(tiles, batch * heads, splits)](
         q, k, v, k_desc if descriptors else None, v_desc if descriptors else None, out, lse,
@@ -146,8 +149,8 @@ def attend_blocks(
         centroid=mean_k is not None, first_order=slope is not None,
         has_table=places is not None, has_q_lengths=q_lengths is not None, has_k_lengths=k_lengths is not None,
         full_lengths=k_lengths is not None and gathered,
-        has_bias=bias is not None, has_source=q_source is not None, quantize=quantize, v_row=v_scale is None,
-        descriptors=descriptors,
+        has_bias=bias is not None, has_source=q_source is not None, quantize=quantize, scaled=q_scale is not None,
+        v_row=v_row, descriptors=descriptors,
         # Past the end of one row's keys lies the next row, which may be NaN; past the last row descriptors read zeros.
         masked_descriptors=descriptors and (gathered or (k_lengths is None and batch == 1)),
         exact="tf32x3" if q.dtype == torch.float32 else "tf32", stages=config.stages, ahead=config.ahead,

@@ -57,23 +57,35 @@ def _turn_kernel(
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // heads, pair % heads
-    at = start // 16 * 16 + tl.program_id(0) * tile + tl.arange(0, tile)
+    first = start // 16 * 16 + tl.program_id(0) * tile
+    at = first + tl.arange(0, tile)
     channels = tl.arange(0, dim)
     token = at // 16 * 16 + at % 16 // 2 % 2 * 8 + at % 16 // 4 * 2 + at % 2 - start  # see `turned.key_order`
-    known = (token >= 0) & (token < tokens)
     v_at = v_ptr + batch * sb + head * sh + token.to(tl.int64)[:, None] * sl + channels[None, :]
-    v = tl.load(v_at, mask=known[:, None], other=0.0).to(tl.float32)
-    if scaled:
-        v = v / tl.load(scale_ptr + pair * dim + channels)[None, :]
-    v = tl.trans(tl.minimum(tl.maximum(v, -448.0), 448.0))
     out_at = out_ptr + batch * ob + head * oh + channels[:, None] * od + at.to(tl.int64)[None, :]
-    tl.store(out_at, v.to(out_ptr.dtype.element_ty), mask=known[None, :])
+    scale = None
+    if scaled:
+        scale = tl.load(scale_ptr + pair * dim + channels)
+    if (first >= start) & (first + tile <= start + tokens):  # without a mask, whole words are stored
+        tl.store(out_at, _turned(tl.load(v_at), scale, out_ptr.dtype.element_ty))
+    else:
+        known = (token >= 0) & (token < tokens)
+        v = tl.load(v_at, mask=known[:, None], other=0.0)
+        tl.store(out_at, _turned(v, scale, out_ptr.dtype.element_ty), mask=known[None, :])
+
+
+@triton.jit
+def _turned(v, scale, kind: tl.constexpr):
+    v = v.to(tl.float32)
+    if scale is not None:
+        v = v / scale[None, :]
+    return tl.trans(tl.minimum(tl.maximum(v, -448.0), 448.0).to(kind))
 
 
 def turn_triton(v: Tensor, out: Tensor, start: int, scale: Tensor | None) -> None:
     """See `turned.turn_values`."""
     batch, tokens, heads, dim = v.shape
-    tile = 128
+    tile = 64  # more would not stay in registers
     with torch.cuda.device_of(v):  # Triton launches on the current device, wherever its tensors are
         _turn_kernel[(triton.cdiv(start % 16 + tokens, tile), batch * heads)](
             v, scale, out, *v.stride()[:3], *out.stride()[:3], start, tokens, heads,

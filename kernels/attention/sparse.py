@@ -37,13 +37,13 @@ def attend_plan(
     if fast and _graded(q, k, v) and plan.permutation is not None and plan.permutation.q_source is not None:
         return _in_slots(q, k, v, plan, scale)
     if quantize is None:
-        return _triton(q, k, v, plan, summary, scale) if fast else _reference(q, k, v, plan, summary, scale)
+        return attend_triton(q, k, v, plan, summary, scale) if fast else _reference(q, k, v, plan, summary, scale)
     eight = quantize_attention(q if fast else q.detach(), k.detach(), v.detach(), plan.block, quantize)
     if summary is not None:
         shifted = summary.key - eight.mean_key[:, :, None].to(summary.key.dtype)
         summary = KVSummary(shifted, summary.value, summary.count, summary.slope)
     if fast:
-        out, lse = _triton(eight.q, eight.k, eight.v, plan, summary, scale, eight, q.dtype)
+        out, lse = attend_triton(eight.q, eight.k, eight.v, plan, summary, scale, eight, q.dtype)
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
         parts = dequantize(eight, plan.block, wide)
@@ -90,7 +90,7 @@ def _in_slots(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) ->
     assert source is not None
     batch, tokens, heads, dim = q.shape
     in_order = replace(plan, permutation=replace(plan.permutation, q_source=None))
-    out, lse = _triton(take_slots(q, source), k, v, in_order, None, scale)
+    out, lse = attend_triton(take_slots(q, source), k, v, in_order, None, scale)
     slots = torch.arange(source.shape[-1], device=q.device).expand(source.shape)
     place = torch.full((*source.shape[:2], tokens + 1), -1, device=q.device)
     place = place.scatter(2, torch.where(source < 0, tokens, source).long(), slots)[..., :tokens]
@@ -110,7 +110,7 @@ def _reference(
     return attend_plan_reference(q, k, v, plan, summary, scale)
 
 
-def _triton(
+def attend_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -33,8 +33,8 @@ def _walk(
     head_dim: tl.constexpr, block_k: tl.constexpr, tile_k: tl.constexpr,
     masked: tl.constexpr, guard: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr,
     has_table: tl.constexpr, has_k_lengths: tl.constexpr, full_lengths: tl.constexpr, has_bias: tl.constexpr,
-    quantize: tl.constexpr, v_row: tl.constexpr, descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
-    ahead: tl.constexpr,
+    quantize: tl.constexpr, scaled: tl.constexpr, v_row: tl.constexpr, descriptors: tl.constexpr,
+    exact: tl.constexpr, stages: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """Attend to the blocks listed at `start ... end`.
 
@@ -92,7 +92,7 @@ def _walk(
             known = inside < tl.load(k_lengths_ptr + here)
             scores = tl.where(known[None, :], scores, float("-inf"))
         tile_factor = factor
-        if quantize != "none":
+        if scaled:
             tile_factor = factor * tl.load(k_scale_ptr + row // block_k)
         offset = 0.0
         if has_bias:
@@ -131,9 +131,9 @@ def attend_kernel(
     guard: tl.constexpr, has_box: tl.constexpr, has_bits: tl.constexpr, axes: tl.constexpr,
     centroid: tl.constexpr, first_order: tl.constexpr,
     has_table: tl.constexpr, has_q_lengths: tl.constexpr, has_k_lengths: tl.constexpr, full_lengths: tl.constexpr,
-    has_bias: tl.constexpr, has_source: tl.constexpr, quantize: tl.constexpr, v_row: tl.constexpr,
-    descriptors: tl.constexpr, masked_descriptors: tl.constexpr, exact: tl.constexpr, stages: tl.constexpr,
-    ahead: tl.constexpr,
+    has_bias: tl.constexpr, has_source: tl.constexpr, quantize: tl.constexpr, scaled: tl.constexpr,
+    v_row: tl.constexpr, descriptors: tl.constexpr, masked_descriptors: tl.constexpr, exact: tl.constexpr,
+    stages: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     query_tile = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -153,7 +153,7 @@ def attend_kernel(
     q_at = q_ptr + batch * q_sb + head * q_sh + rows.to(tl.int64)[:, None] * q_sl + channels[None, :]
     q = tl.load(q_at, mask=q_valid[:, None], other=0.0)
     factor = scale * LOG2_E
-    if quantize != "none":
+    if scaled:
         query_blocks = tl.num_programs(0) * tile_q // block_q
         q_scale = tl.load(q_scale_ptr + tl.program_id(1) * query_blocks + query_block)
         k_scale_ptr += tl.program_id(1) * ((k_rows + block_k - 1) // block_k)
@@ -203,7 +203,7 @@ def attend_kernel(
         low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
         head_dim, block_k, tile_k, False, guard, has_box, has_bits, axes,
         has_table, has_k_lengths, full_lengths, has_bias,
-        quantize, v_row, descriptors, exact, stages, ahead,
+        quantize, scaled, v_row, descriptors, exact, stages, ahead,
     )  # fmt: skip
     masked_start = tl.maximum(first, n_full)
     if masked_start < last:
@@ -214,12 +214,13 @@ def attend_kernel(
             low_ptr, high_ptr, at_ptr, low_sa, at_sa, sinks, bits_ptr, bits_width,
             head_dim, block_k, tile_k, True, guard, has_box, has_bits, axes,
             has_table, has_k_lengths, full_lengths, has_bias,
-            quantize, v_row, masked_descriptors, exact, stages, ahead,
+            quantize, scaled, v_row, masked_descriptors, exact, stages, ahead,
         )  # fmt: skip
 
     if quantize == "fp8":
-        v_scale = tl.load(v_scale_ptr + tl.program_id(1) * head_dim + channels)
-        acc = acc * (v_scale / p_scale)[None, :]
+        if scaled:
+            acc = acc * tl.load(v_scale_ptr + tl.program_id(1) * head_dim + channels)[None, :]
+        acc = acc / p_scale
         total = total / p_scale
 
     if centroid:  # noqa: SIM102  # one is known when the kernel is compiled, the other when it runs
@@ -228,7 +229,7 @@ def attend_kernel(
             listed_ptr += (pair * (tl.num_programs(0) * tile_q // block_q) + query_block) * key_blocks
             rest = tl.zeros((tile_q,), tl.float32)
             q_plain = q.to(mean_k_ptr.dtype.element_ty)
-            if quantize != "none":
+            if scaled:
                 q_plain = (q.to(tl.float32) * q_scale).to(mean_k_ptr.dtype.element_ty)
             for start in tl.range(0, key_blocks, CENTROIDS):
                 blocks = start + tl.arange(0, CENTROIDS)

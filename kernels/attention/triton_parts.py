@@ -16,10 +16,10 @@ def softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.const
     Weights, and so `acc` and `total`, are `p_scale` (1 or 256) times what they say: it stands in the exponent.
     """
     shift: tl.constexpr = 0.0 if p_scale == 1.0 else 8.0
-    above = tl.maximum(highest, tl.max(scores, 1) * factor + offset)
+    above = tl.maximum(highest, tl.max(tl.max(in_chains(scores), 1), 1) * factor + offset)
     p = tl.exp2(scores * factor - (above - offset - shift)[:, None])
     decay = tl.exp2(highest - above)
-    total = total * decay + tl.sum(p, 1)
+    total = total * decay + tl.sum(tl.sum(in_chains(p), 1), 1)
     acc = acc * decay[:, None]
     if p_scale == 1.0:
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=exact)
@@ -27,6 +27,16 @@ def softmax_step(acc, total, highest, scores, factor, offset, v, exact: tl.const
         # 8-bit: the tensor cores add with 14 bits, so only one tile is summed there, and the rest in registers.
         acc += tl.dot(operand_order(p.to(v.dtype)), v)
     return acc, total, above
+
+
+@triton.jit
+def in_chains(x):
+    """x [tile_q, tile_k] as [tile_q, tile_k / 32, 32], to be reduced over the second axis and then over the last.
+
+    A thread holds two of every 8 columns. Along one axis it would reduce its part of a row one value after the other,
+    each waiting for the one before; so it has eight short chains beside one another, and nothing moves.
+    """
+    return x.reshape(x.shape[0], x.shape[1] // 32, 32)
 
 
 @triton.jit

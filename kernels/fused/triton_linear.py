@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,47 +33,48 @@ def _linear_kernel(
     tile_k: tl.constexpr,
     band: tl.constexpr,
     bulk: tl.constexpr,
+    flat: tl.constexpr,
 ):
     # With `bulk`, `values` and `weight` are descriptors of blocks, which the copy engine fetches by itself.
-    # Programs walk down bands of `band` row tiles, so that neighbours in time share weights in the second-level cache.
+    # Tiles go down bands of `band` row tiles, so that neighbours in time share weights in the second-level cache. Where
+    # there are fewer programs than tiles, the loads of a program's next tile begin before it has written the last.
     tiles_m, tiles_n = tl.cdiv(rows, tile_m), tl.cdiv(columns, tile_n)
     in_band = band * tiles_n
-    first = tl.program_id(0) // in_band * band
-    height = tl.minimum(tiles_m - first, band)
-    m_start = (first + tl.program_id(0) % in_band % height) * tile_m
-    n_start = tl.program_id(0) % in_band // height * tile_n
-    m, n = m_start + tl.arange(0, tile_m), n_start + tl.arange(0, tile_n)
-    if whole:
-        total = tl.zeros((tile_m, tile_n), tl.int32)
-    else:
-        total = tl.zeros((tile_m, tile_n), tl.float32)
-    if not bulk:
-        # Rows past the end read the last row: cheaper than a mask, and never written.
-        a_at = values + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * depth
-        b_at = weight + tl.minimum(n, columns - 1).to(tl.int64)[None, :] * depth
-    for start in range(0, depth, tile_k):
-        if bulk:
-            a = values.load([m_start, start])
-            b = tl.trans(weight.load([n_start, start]))
-        else:
-            k = start + tl.arange(0, tile_k)
-            a = tl.load(a_at + k[None, :], mask=(k < depth)[None, :], other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
-            b = tl.load(b_at + k[:, None], mask=(k < depth)[:, None], other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
-        if whole:
-            total = tl.dot(a, b, total, out_dtype=tl.int32)
-        else:
-            total = tl.dot(a, b, total)
-    left = tl.load(scale + m, mask=m < rows, other=0.0)
-    right = tl.load(weight_scale + n, mask=n < columns, other=0.0)
-    result = total.to(tl.float32) * left[:, None] * right[None, :]
-    if biased:
-        result += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-    to = out + m.to(tl.int64)[:, None] * columns + n[None, :]
-    tl.store(to, result.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=flat):
+        first = tile // in_band * band
+        height = tl.minimum(tiles_m - first, band)
+        m_start = (first + tile % in_band % height) * tile_m
+        n_start = tile % in_band // height * tile_n
+        m, n = m_start + tl.arange(0, tile_m), n_start + tl.arange(0, tile_n)
+        total = tl.zeros((tile_m, tile_n), tl.int32 if whole else tl.float32)
+        if not bulk:
+            # Rows past the end read the last row: cheaper than a mask, and never written.
+            a_at = values + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * depth
+            b_at = weight + tl.minimum(n, columns - 1).to(tl.int64)[None, :] * depth
+        for start in range(0, depth, tile_k):
+            if bulk:
+                a = values.load([m_start, start])
+                b = tl.trans(weight.load([n_start, start]))
+            else:
+                k = start + tl.arange(0, tile_k)
+                a = tl.load(a_at + k[None, :], mask=(k < depth)[None, :], other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+                b = tl.load(b_at + k[:, None], mask=(k < depth)[:, None], other=0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+            if whole:
+                total = tl.dot(a, b, total, out_dtype=tl.int32)
+            else:
+                total = tl.dot(a, b, total)
+        left = tl.load(scale + m, mask=m < rows, other=0.0)
+        right = tl.load(weight_scale + n, mask=n < columns, other=0.0)
+        result = total.to(tl.float32) * left[:, None] * right[None, :]
+        if biased:
+            result += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        to = out + m.to(tl.int64)[:, None] * columns + n[None, :]
+        tl.store(to, result.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: rows, columns and depth of a tile, warps, stages, and whether the copy engine fetches."""
+    """How a product is cut: rows, columns and depth of a tile, warps, stages, whether the copy engine fetches, and how
+    many programs each multiprocessor runs to the end (0: every tile is a program of its own)."""
 
     m: int
     n: int
@@ -80,6 +82,7 @@ class Tiles(NamedTuple):
     warps: int = 8
     stages: int = 3
     bulk: bool = False
+    resident: int = 0
 
 
 # What is tried on Hopper for products of many rows.
@@ -92,9 +95,16 @@ CANDIDATES = (
     Tiles(128, 128, 128, stages=4, bulk=True),
     Tiles(128, 128, 128, warps=4, stages=4, bulk=True),
     Tiles(128, 128, 128, stages=4),
+    Tiles(128, 256, 128, bulk=True, resident=1),
+    Tiles(128, 256, 64, stages=4, bulk=True, resident=1),
+    Tiles(128, 128, 128, warps=4, bulk=True, resident=2),
     # Small tiles fill the last round of multiprocessors better.
     Tiles(64, 256, 128, warps=4, stages=4, bulk=True),
     Tiles(64, 128, 128, warps=4, stages=4, bulk=True),
+    Tiles(64, 128, 128, warps=4, stages=3, bulk=True),
+    Tiles(128, 128, 128, warps=4, stages=3, bulk=True),
+    Tiles(64, 256, 128, warps=4, stages=2, bulk=True),
+    Tiles(64, 256, 128, warps=4, stages=2, bulk=True, resident=2),
 )
 MANY = 512  # rows
 _fastest: dict[tuple[int, int, int, torch.device], Tiles] = {}
@@ -137,11 +147,19 @@ def _launch(
         )
     else:
         a, b = values, weight
-    _linear_kernel[(triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n),)](
+    programs = triton.cdiv(rows, tiles.m) * triton.cdiv(columns, tiles.n)
+    if tiles.resident:
+        programs = min(programs, tiles.resident * _multiprocessors(values.device))
+    _linear_kernel[(programs,)](
         a, scale, b, weight_scale, scale if bias is None else bias.contiguous(), out, rows, columns, depth,
-        bias is not None, values.dtype == torch.int8, tiles.m, tiles.n, tiles.k, 8, tiles.bulk,
+        bias is not None, values.dtype == torch.int8, tiles.m, tiles.n, tiles.k, 8, tiles.bulk, tiles.resident > 0,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _chosen(values: Tensor, weight: Tensor, run: Callable[[Tiles], None]) -> Tiles:

@@ -254,7 +254,8 @@ for dtype in (torch.int8, torch.float8_e4m3fn):
             arguments = *wanted, *plain.quantize_rows_reference(weight, dtype), bias, torch.float32
             product = quantized_product_triton(*arguments)
             close(product, plain.quantized_product_reference(*arguments))
-            for tiles in (Tiles(32, 64, 32), Tiles(64, 32, 64, bulk=True)) if depth % 16 == 0 else ():
+            resident = Tiles(32, 32, 32, resident=1), Tiles(32, 64, 32, bulk=True, resident=2)
+            for tiles in (Tiles(64, 32, 64, bulk=True), *resident) if depth % 16 == 0 else ():
                 other = quantized_product_triton(*arguments, tiles)
                 close(other, product)
                 assert dtype != torch.int8 or torch.equal(other, product)
