@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..kernels import BlockPlan, apply_rotary, attend
 from ..kernels.float8 import FLOAT8, to_float8
-from ..kernels.fused import Quantized, norm_rotary, quantized_linear
+from ..kernels.fused import Quantized, Rows, norm_rotary, quantized_linear
 from ..streaming.kv_cache import KVChunk
 from .actions import ActionModule, Inputs
 from .modulation import gated, in_one_kernel, joined, modulated
@@ -89,38 +89,44 @@ class Attention(nn.Module):
     def out(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.flatten(-2))
 
-    def rotated(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def takes(self) -> torch.dtype | None:
+        """What the product that makes q, k and v wants its rows in, if it is one product in 8 bits."""
+        weight = self._fused.weight if self._fused is not None and self._is_fused() else None
+        return weight.values.dtype if isinstance(weight, Quantized) else None
+
+    def rotated(self, x: Rows, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [B, L, H, d] of `x`, q and k turned to their positions and in the numbers that the cache wants."""
         dtype = None if context.cache is None else context.cache.attends_in
         q, k, v = self._rotated(x, context.rotary, context.turn, dtype)
         return (to_float8(q), to_float8(k), v) if dtype == FLOAT8 else (q.to(v.dtype), k.to(v.dtype), v)
 
     def _rotated(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], turn: Tensor | None, dtype: torch.dtype | None
+        self, x: Rows, rotary: tuple[Tensor, Tensor], turn: Tensor | None, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._is_fused():
+        if isinstance(x, Tensor) and not self._is_fused():
             q, (k, v) = self.query(x), self.keys(x)
             return apply_rotary(q, *rotary), apply_rotary(k, *rotary), v
         assert self._fused is not None, "as was just asked"
         weight, bias, _ = self._fused
-        qkv = F.linear(x, weight, bias) if isinstance(weight, Tensor) else quantized_linear(x, weight, bias)
+        rows: Any = x
+        qkv = quantized_linear(rows, weight, bias) if isinstance(weight, Quantized) else F.linear(rows, weight, bias)
         dim = qkv.shape[-1] // 3
         v = qkv[..., 2 * dim :].unflatten(-1, (self.heads, -1))
-        if in_one_kernel(x):
+        if in_one_kernel(qkv):
             weights = self._fused.norm.unbind()
             q, k = (
                 norm_rotary(part, weight, *rotary, heads=self.heads, eps=self.eps, dtype=dtype)
                 for part, weight in zip((qkv[..., :dim], qkv[..., dim : 2 * dim]), weights)
             )
             return q, k, v
-        qk = qkv[..., : 2 * dim].unflatten(-1, (2, dim)).to(torch.promote_types(x.dtype, torch.float32))
+        qk = qkv[..., : 2 * dim].unflatten(-1, (2, dim)).to(torch.promote_types(qkv.dtype, torch.float32))
         size = torch.rsqrt(qk.square().mean(-1, keepdim=True).add_(self.eps))
-        qk = (qk * (size * self._fused.norm)).view(*x.shape[:2], 2 * self.heads, -1)
+        qk = (qk * (size * self._fused.norm)).view(*qkv.shape[:2], 2 * self.heads, -1)
         if turn is None:
             turned = apply_rotary(qk, *rotary)
         else:
             turned = torch.view_as_real(torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-        q, k = turned.to(x.dtype).split(self.heads, dim=2)
+        q, k = turned.to(qkv.dtype).split(self.heads, dim=2)
         return q, k, v
 
     def fuse(self) -> None:
@@ -185,21 +191,33 @@ class Block(nn.Module):
     def forward(self, x: Tensor, six: Six, text: tuple[Tensor, ...], layer: int, context: Context) -> Tensor:
         """`x` [B, L, D]; `six` shifts, scales and gates [B, G, D]; `text` keys as in `TextKeys`."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = six
-        y = self.self_attention(modulated(self.norm1, x, shift, scale), layer, context)
+        y = self.self_attention(self.modulated(x, shift, scale), layer, context)
         if self.cross:
             x, normal = joined(x, y, gate, self.norm2)
             y, gate = self.cross_attention(normal, text), None
         if self.action_model is not None:
             x = self.action_model(gated(x, y, gate), layer, context)
-            normal = modulated(self.norm3, x, ff_shift, ff_scale)
+            normal = modulated(self.norm3, x, ff_shift, ff_scale, self._hidden_takes())
         else:
-            x, normal = joined(x, y, gate, self.norm3, (ff_shift, ff_scale))
+            x, normal = joined(x, y, gate, self.norm3, (ff_shift, ff_scale), self._hidden_takes())
         return gated(x, self.feed_forward(normal), ff_gate)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Rows:
+        """What self-attention is given."""
+        return modulated(self.norm1, x, shift, scale, None if self.mixer is not None else self.attn1.takes())
+
+    def _hidden_takes(self) -> torch.dtype | None:
+        """What the first product of the feed-forward wants its rows in, if both are in 8 bits."""
+        net: Any = self.ffn.net
+        first, last = net[0].proj, net[2]
+        return first.dtype if type(first) is type(last) is QuantizedLinear else None
+
+    def feed_forward(self, x: Rows) -> Tensor:
         """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
         net: Any = self.ffn.net
         first, last = net[0].proj, net[2]
+        if isinstance(x, Quantized):
+            return last.after_gelu(first(x))
         plain = is_plain(first) and is_plain(last) and first.weight.dtype == x.dtype  # which autocast may change
         if in_one_kernel(x) and plain and x.dtype != torch.float32:
             flat = x.reshape(-1, x.shape[-1])
@@ -221,8 +239,8 @@ class Block(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table + modulation.float()).unbind(2)
         return shift, scale, gate, ff_shift, ff_scale, ff_gate
 
-    def self_attention(self, x: Tensor, layer: int, context: Context) -> Tensor:
-        if self.mixer is not None:
+    def self_attention(self, x: Rows, layer: int, context: Context) -> Tensor:
+        if self.mixer is not None and isinstance(x, Tensor):
             return self.attn1.out(self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context))
         q, k, v = self.attn1.rotated(x, context)
         if context.cache is not None:
@@ -233,11 +251,11 @@ class Block(nn.Module):
     def write_keys(self, x: Tensor, six: Six, layer: int, context: Context) -> None:
         """Write the keys of `x` into the cache and stop there: all that is wanted of the last block of a commit."""
         assert context.cache is not None, "keys are written for a stream"
-        x = modulated(self.norm1, x, six[0], six[1])
-        if self.mixer is not None:
-            self.mixer(x, self.attn1.query(x), *self.attn1.keys(x), context)
+        rows = self.modulated(x, six[0], six[1])
+        if self.mixer is not None and isinstance(rows, Tensor):
+            self.mixer(rows, self.attn1.query(rows), *self.attn1.keys(rows), context)
             return
-        _, k, v = self.attn1.rotated(x, context)
+        _, k, v = self.attn1.rotated(rows, context)
         context.cache.attend_view(layer, k, v)
 
     def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:

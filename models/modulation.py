@@ -5,6 +5,8 @@ Shapes: B batch, L tokens, D model width, G groups of L / G neighbouring tokens 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
@@ -18,10 +20,14 @@ def in_one_kernel(x: Tensor) -> bool:
     return x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def modulated(norm: FP32LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift, `x` [B, L, D] with one shift and scale [B, G, D] per group of L / G tokens."""
+def modulated(norm: FP32LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """norm(x) (1 + scale) + shift, `x` [B, L, D] with one shift and scale [B, G, D] per group of L / G tokens.
+
+    A tensor; with the `dtype` of 8 bits that the next product wants, `Rows`: where quantising takes a pass of its own,
+    it is left to the product.
+    """
     if in_one_kernel(x):
-        return norm_modulate(x, shift, scale, eps=norm.eps)
+        return norm_modulate(x, shift, scale, eps=norm.eps, dtype=dtype)
     if shift.shape[:2] == (1, 1):  # then they are a norm's own weights
         return F.layer_norm(x.to(shift.dtype), shift.shape[2:], 1 + scale[0, 0], shift[0, 0], norm.eps).type_as(x)
     normal = norm(x.float())
@@ -51,12 +57,14 @@ def joined(
     gate: Tensor | None,
     norm: FP32LayerNorm | nn.Identity,
     modulation: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`gated`, and what `norm` makes of it, `modulated` by shift and scale if given."""
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Any]:
+    """`gated`, and what `norm` makes of it, `modulated` by shift and scale if given, in `dtype` as there."""
     if isinstance(norm, FP32LayerNorm) and in_one_kernel(x):
         shift, scale = modulation or (None, None)
-        return gate_norm(x, y, gate, shift=shift, scale=scale, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        own = {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+        return gate_norm(x, y, gate, shift=shift, scale=scale, dtype=dtype, **own)
     x = gated(x, y, gate)
     if modulation is None or isinstance(norm, nn.Identity):
         return x, norm(x.float()).type_as(x)
-    return x, modulated(norm, x, *modulation)
+    return x, modulated(norm, x, *modulation, dtype)

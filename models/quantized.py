@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..kernels.fused import Quantized, quantize_rows, quantized_linear
+from ..kernels.fused import Quantized, Rows, quantize_rows, quantized_linear
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LEAST = 16  # products narrower than this are left as they are: kernels cannot take them, and they weigh nothing
@@ -35,7 +35,7 @@ class QuantizedLinear(nn.Module):
             scale = torch.empty((self.out_features, 4), dtype=torch.int8, device="meta")
         else:
             quantized = quantize_rows(linear.weight.detach().contiguous(), dtype)
-            values, scale = (part.contiguous().view(torch.int8) for part in quantized)
+            values, scale = (part.contiguous().view(torch.int8) for part in quantized[:2])
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
         self.bias: Tensor | None
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
         """The bytes of the weight: for those who ask a layer for its shape or device."""
         return self.get_buffer("values")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         return quantized_linear(x, self.quantized, self.bias)
 
     def after_gelu(self, x: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class EightBits(FullPrecision):
         return torch.zeros((*shape[:-1], shape[-1] + SCALE_BYTES), device=device, dtype=torch.int8)
 
     def write(self, store: Tensor, layer: int, places: Places, value: Tensor) -> None:
-        values, scale = quantize_rows(value, self.kind)
+        values, scale, _ = quantize_rows(value, self.kind)
         places.put(store[layer], torch.cat([values.view(torch.int8), scale.view(torch.int8)], dim=-1))
 
     def read(self, store: Tensor, layer: int, rows: Rows, end: int, start: int = 0) -> Tensor:

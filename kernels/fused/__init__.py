@@ -12,6 +12,7 @@ from .reference import LARGEST
 
 __all__ = [
     "Quantized",
+    "Rows",
     "gate_norm",
     "gate_residual",
     "norm_modulate",
@@ -22,10 +23,17 @@ __all__ = [
 
 
 class Quantized(NamedTuple):
-    """Rows of small numbers: `values * scale`, values int8 or float8_e4m3fn [..., K], scale float32 [..., 1]."""
+    """Rows of small numbers: `values * scale`, values int8 or float8_e4m3fn [..., K], scale float32 [..., 1].
+
+    `dtype` is that of the numbers they stand for, and of products with them.
+    """
 
     values: Tensor
     scale: Tensor
+    dtype: torch.dtype = torch.float32
+
+
+Rows = Tensor | Quantized
 
 
 def norm_rotary(
@@ -70,7 +78,8 @@ def norm_rotary(
         )
     if permutation is not None and permutation.shape != x.shape[1:2]:
         raise ValueError(f"permutation must name every token once, [L] = [{x.shape[1]}], got {list(permutation.shape)}")
-    run = _choose(operators.norm_rotary, reference.norm_rotary_reference, x, weight, cos, sin)
+    plain = _in_pytorch(x, weight, cos, sin)
+    run = reference.norm_rotary_reference if plain else operators.norm_rotary
     return run(x, weight, cos, sin, heads, eps, permutation, dtype or x.dtype)
 
 
@@ -82,7 +91,8 @@ def norm_modulate(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
-) -> Tensor:
+    dtype: torch.dtype | None = None,
+) -> Rows:
     """Adaptive layer norm (DiT, arXiv:2212.09748): LayerNorm(x) (1 + scale) + shift.
 
     Args:
@@ -91,20 +101,24 @@ def norm_modulate(
             or the tokens).
         weight, bias: [W], of the norm itself.
         eps: added to the variance.
+        dtype: int8 or float8_e4m3fn quantises the result as `quantize_rows` does, in the same pass; no gradient then.
 
     Returns:
-        [B, L, W] in `x`'s dtype.
+        [B, L, W] in `x`'s dtype, or such rows in 8 bits.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together. TypeError: another `dtype`.
     """
     _check_groups("shift", x, shift)
     _check_groups("scale", x, scale)
     if shift.shape != scale.shape:
         raise ValueError(f"shift and scale must have one shape, got {list(shift.shape)} and {list(scale.shape)}")
     _check_width(x, weight, bias)
-    run = _choose(operators.norm_modulate, reference.norm_modulate_reference, x, shift, scale, weight, bias)
-    return run(x, shift, scale, weight, bias, eps)
+    _check_kind(dtype)
+    if _in_pytorch(x, shift, scale, weight, bias):
+        return _rows(reference.norm_modulate_reference(x, shift, scale, weight, bias, eps), dtype)
+    out, scales = operators.norm_modulate(x, shift, scale, weight, bias, eps, dtype)
+    return out if dtype is None else Quantized(out, scales, x.dtype)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -123,7 +137,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     _check_groups("gate", x, gate)
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {list(x.shape)} and {list(y.shape)}")
-    return _choose(operators.gate_residual, reference.gate_residual_reference, x, y, gate)(x, y, gate)
+    return (reference.gate_residual_reference if _in_pytorch(x, y, gate) else operators.gate_residual)(x, y, gate)
 
 
 def gate_norm(
@@ -136,16 +150,18 @@ def gate_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Rows]:
     """`gate_residual`, and `norm_modulate` of what it gives.
 
     Args: as theirs. `gate` None adds y as it is; without `shift` and `scale` it is the norm alone.
 
     Returns:
-        The sum and its norm, both [B, L, W] in `x`'s dtype. The norm is that of the sum as it is rounded.
+        The sum and its norm, both [B, L, W] in `x`'s dtype, or the norm in 8 bits. The norm is that of the sum as it is
+        rounded.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together. TypeError: another `dtype`.
     """
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {list(x.shape)} and {list(y.shape)}")
@@ -155,8 +171,12 @@ def gate_norm(
     if (shift is None) != (scale is None) or (shift is not None and scale is not None and shift.shape != scale.shape):
         raise ValueError("shift and scale must have one shape, or both be left out")
     _check_width(x, weight, bias)
-    run = _choose(operators.gate_norm, reference.gate_norm_reference, x, y, gate, shift, scale, weight, bias)
-    return run(x, y, gate, shift, scale, weight, bias, eps)
+    _check_kind(dtype)
+    if _in_pytorch(x, y, gate, shift, scale, weight, bias):
+        total, normal = reference.gate_norm_reference(x, y, gate, shift, scale, weight, bias, eps)
+        return total, _rows(normal, dtype)
+    total, normal, scales = operators.gate_norm(x, y, gate, shift, scale, weight, bias, eps, dtype)
+    return total, normal if dtype is None else Quantized(normal, scales, x.dtype)
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantized:
@@ -170,18 +190,18 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Quanti
     Raises:
         TypeError: another `dtype`.
     """
-    if dtype not in LARGEST:
-        raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
-    return Quantized(*operators.quantize_rows(x.detach(), dtype, False))
+    _check_kind(dtype)
+    values, scale = operators.quantize_rows(x.detach(), dtype, False)
+    return Quantized(values, scale, x.dtype)
 
 
-def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+def quantized_linear(x: Rows, weight: Quantized, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """`x @ weight.T + bias` by 8-bit products: activations are quantised by row, results scaled back by row and column.
 
     There is no gradient: this is for inference with quantised weights.
 
     Args:
-        x: [..., K], any floating dtype.
+        x: [..., K], any floating dtype, or rows that are in 8 bits already.
         weight: [N, K] from `quantize_rows`; its dtype is the one that products are taken in.
         bias: [N].
         gelu: multiply GELU(x), by its tanh approximation, which is computed as rows are quantised.
@@ -192,30 +212,45 @@ def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, *
     Raises:
         ValueError: shapes that do not belong together.
     """
-    values, scale = weight
-    if values.ndim != 2 or values.shape[1] != x.shape[-1] or scale.shape != (values.shape[0], 1):
+    values, scale = weight.values, weight.scale
+    given = x.values if isinstance(x, Quantized) else x
+    if values.ndim != 2 or values.shape[1] != given.shape[-1] or scale.shape != (values.shape[0], 1):
         raise ValueError(
-            f"the weight must be [N, K] = [N, {x.shape[-1]}] with scales [N, 1], "
+            f"the weight must be [N, K] = [N, {given.shape[-1]}] with scales [N, 1], "
             f"got {list(values.shape)} and {list(scale.shape)}"
         )
     if bias is not None and bias.shape != values.shape[:1]:
         raise ValueError(f"bias must be [N] = [{values.shape[0]}], got {list(bias.shape)}")
-    flat = x.detach().reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # where calling an operator takes as long as it
-        rows = reference.quantize_rows_reference(flat, values.dtype, gelu)
+    if isinstance(x, Quantized) and (gelu or given.dtype != values.dtype):
+        raise ValueError(f"rows in 8 bits must be {values.dtype}, as the weight is, and have their GELU behind them")
+    flat = given.detach().reshape(-1, given.shape[-1])
+    ready = (flat, x.scale.reshape(-1, 1)) if isinstance(x, Quantized) else None
+    if (
+        given.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):  # where calling an operator takes as long as it
+        rows = ready or reference.quantize_rows_reference(flat, values.dtype, gelu)
         out = reference.quantized_product_reference(*rows, values, scale, bias, x.dtype)
     else:
-        rows = operators.quantize_rows(flat, values.dtype, gelu)
+        rows = ready or operators.quantize_rows(flat, values.dtype, gelu)
         out = operators.quantized_product(*rows, values, scale, bias, x.dtype)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*given.shape[:-1], -1)
 
 
-def _choose(operator, in_pytorch, *tensors: Tensor | None):
-    """The operator, or PyTorch where a gradient or float64 is wanted, and on devices that the kernels do not serve."""
+def _in_pytorch(*tensors: Tensor | None) -> bool:
+    """Not by an operator: where a gradient or float64 is wanted, and on devices that the kernels do not serve."""
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     x = tensors[0]
     assert x is not None, "the first tensor is the one that is worked on"
-    return in_pytorch if wants_gradient or not x.is_cuda or x.dtype == torch.float64 else operator
+    return wants_gradient or not x.is_cuda or x.dtype == torch.float64
+
+
+def _rows(x: Tensor, dtype: torch.dtype | None) -> Rows:
+    return x if dtype is None else quantize_rows(x, dtype)
+
+
+def _check_kind(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in LARGEST:
+        raise TypeError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
 
 
 def _check_groups(name: str, x: Tensor, part: Tensor) -> None:

@@ -56,21 +56,46 @@ def _(
 @torch.library.custom_op(
     "millstream::norm_modulate",
     mutates_args=(),
-    schema="(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    schema="(Tensor x, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, float eps, ScalarType? dtype) "
+    "-> (Tensor, Tensor)",
 )
 def norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    if not runs_triton(x):
-        return reference.norm_modulate_reference(x, shift, scale, weight, bias, eps).contiguous()
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    if not _rows_in(dtype, x):
+        out = reference.norm_modulate_reference(x, shift, scale, weight, bias, eps).contiguous()
+        return reference.rows_reference(out, dtype)
     from .triton import norm_modulate_triton
 
-    return norm_modulate_triton(x, shift, scale, weight, bias, eps)
+    return norm_modulate_triton(x, shift, scale, weight, bias, eps, dtype)
 
 
 @norm_modulate.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
+def _(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x, dtype)
+
+
+def _rows_in(dtype: torch.dtype | None, x: Tensor) -> bool:
+    return runs_triton(x) if dtype is None else runs_in(dtype, x)
+
+
+def _empty_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    scales = (0,) if dtype is None else (*x.shape[:-1], 1)
+    return x.new_empty(x.shape, dtype=dtype or x.dtype), x.new_empty(scales, dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -92,8 +117,8 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 @torch.library.custom_op(
     "millstream::gate_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps, "
+    "ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
 )
 def gate_norm(
     x: Tensor,
@@ -104,13 +129,14 @@ def gate_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    if not runs_triton(x):
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _rows_in(dtype, x):
         total, out = reference.gate_norm_reference(x, y, gate, shift, scale, weight, bias, eps)
-        return total.contiguous(), out.contiguous()
+        return total.contiguous(), *reference.rows_reference(out.contiguous(), dtype)
     from .triton_join import gate_norm_triton
 
-    return gate_norm_triton(x, y, gate, shift, scale, weight, bias, eps)
+    return gate_norm_triton(x, y, gate, shift, scale, weight, bias, eps, dtype)
 
 
 @gate_norm.register_fake
@@ -123,8 +149,9 @@ def _(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_empty_rows(x, dtype)
 
 
 @torch.library.custom_op(

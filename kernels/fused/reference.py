@@ -70,6 +70,11 @@ def gate_norm_reference(
     return total, norm_modulate_reference(total, shift, scale, weight, bias, eps)
 
 
+def rows_reference(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """x in 8 bits and its scales, or as it is without any."""
+    return (x, x.new_empty(0, dtype=torch.float32)) if dtype is None else quantize_rows_reference(x, dtype)
+
+
 def quantize_rows_reference(x: Tensor, dtype: torch.dtype, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """Values of `dtype` and scales float32 [..., 1], so that x, or GELU(x) by tanh, is about values * scale."""
     x = torch.nn.functional.gelu(x.float(), approximate="tanh") if gelu else x.float()

@@ -80,6 +80,23 @@ def normalised(
 
 
 @triton.jit
+def _put(values, at, value, width: tl.constexpr, whole: tl.constexpr):
+    if whole:
+        value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no bits after the point, ties go to even
+    tl.store(values + at, value.to(values.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def put_row(out, scales, token, at, value, smallest, width: tl.constexpr, largest: tl.constexpr, whole: tl.constexpr):
+    """Write one token's row; with `largest` in 8 bits, and its scale. `value` is 0 past the row."""
+    if largest:
+        most = tl.maximum(tl.max(tl.abs(value), axis=0), smallest)
+        value *= tl.div_rn(largest, most)
+        tl.store(scales + token, tl.div_rn(most, largest))
+    _put(out + token * width, at, value, width, whole)
+
+
+@triton.jit
 def _norm_modulate_kernel(
     x,
     shift,
@@ -87,6 +104,7 @@ def _norm_modulate_kernel(
     weight,
     bias,
     out,
+    scales,
     x_row,
     x_token,
     shift_row,
@@ -96,10 +114,13 @@ def _norm_modulate_kernel(
     tokens,
     group_size,
     eps,
+    smallest,
     width: tl.constexpr,
     weighted: tl.constexpr,
     biased: tl.constexpr,
     columns: tl.constexpr,
+    largest: tl.constexpr,
+    whole: tl.constexpr,
 ):
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group = token // group_size
@@ -109,7 +130,8 @@ def _norm_modulate_kernel(
     normal = normalised(value, weight, bias, at, inside, eps, width, weighted, biased)
     a = tl.load(scale + row * scale_row + group * scale_group + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(shift + row * shift_row + group * shift_group + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + (row * tokens + token) * width + at, (normal * (1 + a) + b).to(out.dtype.element_ty), mask=inside)
+    normal = (normal * (1 + a) + b).to(x.dtype.element_ty).to(tl.float32)
+    put_row(out, scales, row * tokens + token, at, normal, smallest, width, largest, whole)
 
 
 @triton.jit
@@ -145,13 +167,6 @@ def _part(x, at, width: tl.constexpr, activated: tl.constexpr):
     if activated:
         value *= tl.sigmoid(1.5957691216057308 * value * (1.0 + 0.044715 * value * value))
     return value
-
-
-@triton.jit
-def _put(values, at, value, width: tl.constexpr, whole: tl.constexpr):
-    if whole:
-        value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum has no bits after the point, ties go to even
-    tl.store(values + at, value.to(values.dtype.element_ty), mask=at < width)
 
 
 @triton.jit
@@ -234,21 +249,34 @@ def norm_rotary_triton(
 
 
 def norm_modulate_triton(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """`reference.norm_modulate_reference`; `shift` and `scale` may be slices of one projection."""
     rows, tokens, width = x.shape
-    out = x.new_empty(x.shape)
+    out, scales, in_eight_bits = like_rows(x, dtype)
     x, shift, scale = _rows(x), _rows(shift), _rows(scale)
     columns = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
         _norm_modulate_kernel[(tokens, rows)](
             x, shift, scale, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(),
-            out, x.stride(0), x.stride(1), _row_stride(shift), shift.stride(1), _row_stride(scale), scale.stride(1),
-            tokens, tokens // shift.shape[1], eps, width, weight is not None, bias is not None, columns,
-            num_warps=_warps(columns),
+            out, scales, x.stride(0), x.stride(1), _row_stride(shift), shift.stride(1), _row_stride(scale),
+            scale.stride(1), tokens, tokens // shift.shape[1], eps, SMALLEST, width, weight is not None,
+            bias is not None, columns, *in_eight_bits, num_warps=_warps(columns),
         )  # fmt: skip
-    return out
+    return out, scales
+
+
+def like_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, tuple[float, bool]]:
+    """Where rows of the shape of `x` go, where their scales go, and what `put_row` is told; None is `x`'s dtype."""
+    scales = x.new_empty(0 if dtype is None else (*x.shape[:-1], 1), dtype=torch.float32)
+    largest = 0.0 if dtype is None else LARGEST[dtype]
+    return x.new_empty(x.shape, dtype=dtype or x.dtype), scales, (largest, dtype == torch.int8)
 
 
 def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

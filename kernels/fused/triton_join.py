@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton import _row_stride, _rows, _warps, normalised
+from .reference import SMALLEST
+from .triton import _row_stride, _rows, _warps, like_rows, normalised, put_row
 
 
 @triton.jit
@@ -24,6 +25,7 @@ def _gate_norm_kernel(
     bias,
     total,
     out,
+    scales,
     x_row,
     x_token,
     y_row,
@@ -38,12 +40,15 @@ def _gate_norm_kernel(
     group_size,
     tokens,
     eps,
+    smallest,
     width: tl.constexpr,
     gated: tl.constexpr,
     shifted: tl.constexpr,
     weighted: tl.constexpr,
     biased: tl.constexpr,
     columns: tl.constexpr,
+    largest: tl.constexpr,
+    whole: tl.constexpr,
 ):
     token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, columns)
@@ -62,7 +67,8 @@ def _gate_norm_kernel(
         a = tl.load(scale + row * scale_row + group * scale_group + at, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(shift + row * shift_row + group * shift_group + at, mask=inside, other=0.0).to(tl.float32)
         normal = normal * (1 + a) + b
-    tl.store(out + (row * tokens + token) * width + at, normal.to(out.dtype.element_ty), mask=inside)
+    normal = normal.to(total.dtype.element_ty).to(tl.float32)
+    put_row(out, scales, row * tokens + token, at, normal, smallest, width, largest, whole)
 
 
 def gate_norm_triton(
@@ -74,10 +80,11 @@ def gate_norm_triton(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.gate_norm_reference`; the norm reads the sum as it is stored."""
     rows, tokens, width = x.shape
-    total, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    total, (out, scales, in_eight_bits) = x.new_empty(x.shape), like_rows(x, dtype)
     x, y = _rows(x), _rows(y)
     # Stand-ins that are never read.
     g, a, b = (x if part is None else _rows(part) for part in (gate, scale, shift))
@@ -85,9 +92,9 @@ def gate_norm_triton(
     with torch.cuda.device_of(x):
         _gate_norm_kernel[(tokens, rows)](
             x, y, g, b, a, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(),
-            total, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), _row_stride(g), g.stride(1),
+            total, out, scales, x.stride(0), x.stride(1), y.stride(0), y.stride(1), _row_stride(g), g.stride(1),
             tokens // g.shape[1], _row_stride(b), b.stride(1), _row_stride(a), a.stride(1), tokens // b.shape[1],
-            tokens, eps, width, gate is not None, shift is not None, weight is not None, bias is not None, columns,
-            num_warps=_warps(columns),
+            tokens, eps, SMALLEST, width, gate is not None, shift is not None, weight is not None, bias is not None,
+            columns, *in_eight_bits, num_warps=_warps(columns),
         )  # fmt: skip
-    return total, out
+    return total, out, scales

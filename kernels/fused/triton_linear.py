@@ -1,7 +1,7 @@
 """A quantised matrix product in Triton that scales back, adds the bias and rounds where it would write anyway."""
 
 # Triton annotates what it turns into a constexpr, and strides are passed as tuples:
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
