@@ -85,26 +85,20 @@ class Tiles(NamedTuple):
     resident: int = 0
 
 
-# What is tried on Hopper for products of many rows.
+# What is tried on Hopper for products of many rows. Two programs on each multiprocessor, of which one writes while the
+# other multiplies, were the fastest for all products of Wan 1.3B.
+USUAL = Tiles(128, 128, 128, warps=4, bulk=True, resident=2)
 CANDIDATES = (
     Tiles(128, 256, 128),
-    Tiles(128, 256, 128, bulk=True),
-    Tiles(128, 256, 128, stages=4, bulk=True),
-    Tiles(128, 256, 64, stages=4, bulk=True),
-    Tiles(256, 128, 128, bulk=True),
-    Tiles(128, 128, 128, stages=4, bulk=True),
-    Tiles(128, 128, 128, warps=4, stages=4, bulk=True),
-    Tiles(128, 128, 128, stages=4),
+    USUAL,
+    Tiles(128, 128, 128, warps=4, bulk=True),
+    Tiles(128, 128, 64, warps=4, stages=5, bulk=True, resident=2),
     Tiles(128, 256, 128, bulk=True, resident=1),
-    Tiles(128, 256, 64, stages=4, bulk=True, resident=1),
-    Tiles(128, 128, 128, warps=4, bulk=True, resident=2),
+    Tiles(128, 256, 128, stages=4, bulk=True),
+    Tiles(256, 128, 128, bulk=True),
     # Small tiles fill the last round of multiprocessors better.
-    Tiles(64, 256, 128, warps=4, stages=4, bulk=True),
-    Tiles(64, 128, 128, warps=4, stages=4, bulk=True),
-    Tiles(64, 128, 128, warps=4, stages=3, bulk=True),
-    Tiles(128, 128, 128, warps=4, stages=3, bulk=True),
-    Tiles(64, 256, 128, warps=4, stages=2, bulk=True),
-    Tiles(64, 256, 128, warps=4, stages=2, bulk=True, resident=2),
+    Tiles(64, 128, 128, warps=4, bulk=True),
+    Tiles(64, 128, 128, warps=4, bulk=True, resident=3),
 )
 MANY = 512  # rows
 _fastest: dict[tuple[int, int, int, torch.device], Tiles] = {}
@@ -165,19 +159,19 @@ def _multiprocessors(device: torch.device) -> int:
 def _chosen(values: Tensor, weight: Tensor, run: Callable[[Tiles], None]) -> Tiles:
     (rows, depth), columns = values.shape, weight.shape[0]
     key = rows, columns, depth, values.device
-    wanted = values.dtype == torch.int8 and rows >= MANY and depth % 16 == 0 and values.is_cuda
-    if wanted and key not in _fastest and torch.backends.cudnn.benchmark and _may_time(values.device):
-        _fastest[key] = fastest(run)
-    if key in _fastest and wanted:
-        return _fastest[key]
+    if values.dtype == torch.int8 and rows >= MANY and depth % 16 == 0 and _is_hopper(values.device):
+        if key not in _fastest and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
+            _fastest[key] = fastest(run)
+        return _fastest.get(key, USUAL)
     # The largest tiles of which there are enough for every multiprocessor of an H100.
     tiles = rows * columns // (132 * 128 * 128)
     return Tiles(128, 256, 128) if tiles >= 4 else Tiles(128, 128, 128) if tiles else Tiles(64, 64, 64, warps=4)
 
 
-def _may_time(device: torch.device) -> bool:
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
-    return hopper and not torch.cuda.is_current_stream_capturing()
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    cuda = device.type == "cuda" and torch.version.hip is None
+    return cuda and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def fastest(run: Callable[[Tiles], None]) -> Tiles:
