@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self._fused: Fused | None = None
         self._places: list[tuple[nn.Linear, int]] = []
 
-    def query(self, x: Tensor) -> Tensor:
+    def query(self, x: Rows) -> Tensor:
         return self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
 
     def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ class Block(nn.Module):
         shift, scale, gate, ff_shift, ff_scale, ff_gate = six
         y = self.self_attention(self.modulated(x, shift, scale), layer, context)
         if self.cross:
-            x, normal = joined(x, y, gate, self.norm2)
+            x, normal = joined(x, y, gate, self.norm2, dtype=eight_bits(self.attn2.to_q))
             y, gate = self.cross_attention(normal, text), None
         if self.action_model is not None:
             x = self.action_model(gated(x, y, gate), layer, context)
@@ -209,8 +209,7 @@ class Block(nn.Module):
     def _hidden_takes(self) -> torch.dtype | None:
         """What the first product of the feed-forward wants its rows in, if both are in 8 bits."""
         net: Any = self.ffn.net
-        first, last = net[0].proj, net[2]
-        return first.dtype if type(first) is type(last) is QuantizedLinear else None
+        return eight_bits(net[0].proj) if eight_bits(net[2]) else None
 
     def feed_forward(self, x: Rows) -> Tensor:
         """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
@@ -258,7 +257,7 @@ class Block(nn.Module):
         _, k, v = self.attn1.rotated(rows, context)
         context.cache.attend_view(layer, k, v)
 
-    def cross_attention(self, x: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+    def cross_attention(self, x: Rows, text: tuple[Tensor, ...]) -> Tensor:
         q = self.attn2.query(x)
         prompts = text[0].shape[0]  # one prompt per stream, or one per frame
         grouped = q.reshape(prompts, -1, *q.shape[2:])
@@ -267,6 +266,11 @@ class Block(nn.Module):
         )
         out = prompt + image[0] if image else prompt
         return self.attn2.out(out.reshape(q.shape))
+
+
+def eight_bits(layer: nn.Module) -> torch.dtype | None:
+    """What a product in 8 bits wants its rows in; None of any other layer."""
+    return layer.dtype if type(layer) is QuantizedLinear else None
 
 
 def inputs_first(weight: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ class Preset:
         name: what it is called.
         linears: what the products of the backbone's blocks are taken in, with a scale per row of what comes in and per
             column of the weights; None leaves weights as they are.
-        all_linears: every product of a block; otherwise only the wide ones (q, k and v in one, feed-forward), since the
-            others take as long in 8 bits.
+        all_linears: every product of a block, and those of the text encoder; otherwise only those of a block that many
+            rows go through: not the keys and values of the prompt.
         narrowest: products with fewer inputs or outputs than this stay as they are.
         reuse: steps of a chunk that attend to everything; at later ones attention to what lies outside the chunk is
             taken as the last of these left it, and merged with attention inside (`planners.FlashBlock`). The pass that
@@ -89,7 +89,11 @@ def find_preset(preset: Preset | str) -> Preset:
     return PRESETS[preset]
 
 
-WIDE = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ffn.net.0.proj", "ffn.net.2")  # of a block
+BUSY = (  # of a block
+    *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
+    *("attn2.to_q", "attn2.to_out.0"),
+    *("ffn.net.0.proj", "ffn.net.2"),
+)
 
 
 def apply_preset(preset: Preset, transformer: CausalTransformer3DModel, text_encoder: nn.Module | None = None) -> None:
@@ -97,7 +101,7 @@ def apply_preset(preset: Preset, transformer: CausalTransformer3DModel, text_enc
     if preset.linears is None:
         return
     dtype, least = DTYPES[preset.linears], preset.narrowest
-    quantize_linears(transformer.blocks, dtype, lambda name: preset.all_linears or name.endswith(WIDE), least=least)
+    quantize_linears(transformer.blocks, dtype, lambda name: preset.all_linears or name.endswith(BUSY), least=least)
     if preset.all_linears and text_encoder is not None:
         quantize_linears(text_encoder, dtype, least=least)
 
