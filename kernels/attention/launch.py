@@ -123,7 +123,7 @@ def attend_blocks(
     partial = torch.float32 if splits > 1 else out_dtype
     out = q.new_zeros(shape, dtype=partial) if holes else q.new_empty(shape, dtype=partial)
     lse = q.new_full((splits, batch, heads, q_rows), -torch.inf, dtype=torch.float32)
-    descriptors = capability >= TMA_CAPABILITY and q.is_cuda and q.dtype != torch.float32
+    descriptors = capability >= TMA_CAPABILITY and q.dtype != torch.float32
     k_desc = v_desc = None
     if descriptors:
         k_desc = _rows_descriptor(k, config.tile_k)

@@ -89,7 +89,7 @@ def _put(values, at, value, width: tl.constexpr, whole: tl.constexpr):
 @triton.jit
 def put_row(out, scales, token, at, value, smallest, width: tl.constexpr, largest: tl.constexpr, whole: tl.constexpr):
     """Write one token's row; with `largest` in 8 bits, and its scale. `value` is 0 past the row."""
-    if largest:
+    if largest > 0:
         most = tl.maximum(tl.max(tl.abs(value), axis=0), smallest)
         value *= tl.div_rn(largest, most)
         tl.store(scales + token, tl.div_rn(most, largest))
