@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="pictures at once (default: 64 on CUDA, 4 elsewhere)")
     parser.add_argument("--sizes", help=f"some of {','.join(SIZES)} (default: large,embedded on CUDA, else embedded)")
     parser.add_argument("--quick", action="store_true", help="only what the goal compares")
+    parser.add_argument("--only", help="variants whose name contains one of these, separated by semicolons")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
@@ -55,6 +56,9 @@ def main() -> None:
     if arguments.quick:
         wanted = {f"{sizes[0]}: {name}" for name in COMPARED}
         variants = {name: run for name, run in variants.items() if name in wanted}
+    if arguments.only:
+        words = arguments.only.split(";")
+        variants = {name: run for name, run in variants.items() if any(word in name for word in words)}
 
     def keep(measured: dict[str, Any], *, printed: bool = False) -> None:
         publish({**report, "variants": measured, "goal": goal(measured)}, arguments.out, printed=printed)

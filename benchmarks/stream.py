@@ -112,10 +112,11 @@ class Bench:
         }
         fast = PRESETS["fast"]
         others = {
-            "attending in FP8": replace(fast, attention="fp8", reuse=3),
-            "attending in FP8, kept earlier": replace(fast, attention="fp8"),
+            "attending in bfloat16": replace(fast, attention=None),
+            "attending in bfloat16, kept earlier": replace(fast, attention=None, reuse=2),
+            "kept earlier": replace(fast, reuse=2),
             "in FP8": replace(fast, linears="fp8"),
-            "in FP8, kept at once": replace(fast, linears="fp8", reuse=1),
+            "in FP8, kept earlier": replace(fast, linears="fp8", reuse=2),
         }
         first |= {
             f"fast {name}, tiny decoder": partial(stream, longlive, each, tiny=True) for name, each in others.items()

@@ -147,7 +147,7 @@ def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel, text_en
 
 for each in (
     Preset("exact"),
-    Preset("fast", linears="int8", reuse=2, least_window=4096),
+    Preset("fast", linears="int8", reuse=3, least_window=4096, attention="fp8"),
     Preset("small", linears="int8", all_linears=True, kv="int8", text_on_host=True),
 ):
     add_preset(each)

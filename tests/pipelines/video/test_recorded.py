@@ -19,7 +19,7 @@ from test_graphs import Tape
 
 RECIPES = ["self_forcing", "longlive", "longlive_unbounded", "rolling_forcing", "krea", "streamdiffusion_v2"]
 FAST = replace(presets.PRESETS["fast"], least_window=0)  # from which on it would keep attention
-PRESETS = [FAST, replace(FAST, name="fp8", linears="fp8", reuse=1, kv="fp8"), presets.PRESETS["small"]]
+PRESETS = [FAST, replace(FAST, name="fp8", linears="fp8", reuse=1, kv="fp8", attention=None), presets.PRESETS["small"]]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
