@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import apply_rotary, attend, linear_attend
+from ..kernels.fused import gated_silu, norm_rotary
 from ..kernels.linear_attention import LinearState
+from .modulation import in_one_kernel
 from .token_adaptive import AdaptiveBlock
 from .token_linear import GatedLinear
 
@@ -121,7 +123,10 @@ class SwiGLU(nn.Module):
         self.up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(x).chunk(2, dim=-1)
+        both = self.up(x)
+        if in_one_kernel(both):
+            return self.down(gated_silu(both))
+        gate, value = both.chunk(2, dim=-1)
         return self.down(F.silu(gate) * value)
 
 
@@ -134,6 +139,8 @@ class Heads(nn.Module):
         self.norm = nn.RMSNorm(head_dim, eps=1e-6) if normed else nn.Identity()
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        if isinstance(self.norm, nn.RMSNorm) and in_one_kernel(x):
+            return norm_rotary(x, self.norm.weight, *rotary, heads=self.heads, eps=self.norm.eps or 0.0)
         return apply_rotary(self.split(x), *rotary)
 
     def split(self, x: Tensor) -> Tensor:

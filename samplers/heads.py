@@ -57,7 +57,7 @@ class Categorical:
 
     def invert(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """The token [...] at which the distribution of logits [..., V] reaches `uniform` [...] in [0, 1)."""
-        logits = logits / self.temperature
+        logits = logits if self.temperature == 1 else logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -67,11 +67,11 @@ class Categorical:
             beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p
             probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), 0.0)
         reached = probs.cumsum(dim=-1)
-        # `right`: a token of probability 0 is never drawn, not even by 0. The sum falls short of 1 by rounding.
-        wanted = uniform[..., None].float() * reached[..., -1:]
-        values = torch.searchsorted(reached, wanted, right=True)[..., 0]
-        last = (probs > 0).long().mul(torch.arange(probs.shape[-1], device=probs.device)).amax(dim=-1)
-        return torch.minimum(values, last)
+        # `right`: a token of probability 0 is never drawn, not even by 0. The sum falls short of 1 by rounding, and the
+        # last token that added to it stands for all beyond.
+        total = reached[..., -1:].contiguous()
+        values = torch.searchsorted(reached, uniform[..., None].float() * total, right=True)
+        return torch.minimum(values, torch.searchsorted(reached, total))[..., 0]
 
 
 @dataclass(frozen=True, slots=True)

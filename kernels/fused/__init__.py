@@ -15,6 +15,7 @@ __all__ = [
     "Rows",
     "gate_norm",
     "gate_residual",
+    "gated_silu",
     "norm_modulate",
     "norm_rotary",
     "quantize_rows",
@@ -47,11 +48,11 @@ def norm_rotary(
     permutation: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Queries or keys ready for attention: RMSNorm over all heads together, then Wan's rotary embedding.
+    """Queries or keys ready for attention: RMSNorm over all heads together or over each, then Wan's rotary embedding.
 
     Args:
         x: a projection [B, L, heads * D], any floating dtype. Arithmetic is in float32, rounded once.
-        weight: [heads * D], the norm's.
+        weight: [heads * D], the norm's, or [D], for each head's own norm.
         cos, sin: from `rotary_angles`, [L, D // 2] or [B, L, D // 2]; a size of 1 broadcasts.
         eps: added to the mean square.
         permutation: int64 or int32 [L], the order in which tokens are written: `out[:, i]` is token `permutation[i]`,
@@ -64,10 +65,11 @@ def norm_rotary(
     Raises:
         ValueError: shapes that do not belong together.
     """
-    if x.ndim != 3 or x.shape[-1] % (2 * heads) or weight.shape != x.shape[-1:]:
+    norms = weight.shape in (x.shape[-1:], (x.shape[-1] // heads,))
+    if x.ndim != 3 or x.shape[-1] % (2 * heads) or not norms:
         raise ValueError(
-            f"norm_rotary wants x [B, L, W] and weight [W] with W = heads * D and an even D, got x {list(x.shape)}, "
-            f"weight {list(weight.shape)} and heads={heads}"
+            f"norm_rotary wants x [B, L, W] and weight [W] or [D] with W = heads * D and an even D, got x "
+            f"{list(x.shape)}, weight {list(weight.shape)} and heads={heads}"
         )
     full = (x.shape[0], x.shape[1], x.shape[2] // heads // 2)
     fits = all(a in (1, b) for a, b in zip(cos.shape[-2::-1], full[1::-1], strict=False))
@@ -78,7 +80,9 @@ def norm_rotary(
         )
     if permutation is not None and permutation.shape != x.shape[1:2]:
         raise ValueError(f"permutation must name every token once, [L] = [{x.shape[1]}], got {list(permutation.shape)}")
-    plain = _in_pytorch(x, weight, cos, sin)
+    half = x.shape[-1] // heads // 2
+    odd = weight.shape != x.shape[-1:] and half & (half - 1) != 0  # heads that no power of two holds
+    plain = odd or _in_pytorch(x, weight, cos, sin)
     run = reference.norm_rotary_reference if plain else operators.norm_rotary
     return run(x, weight, cos, sin, heads, eps, permutation, dtype or x.dtype)
 
@@ -138,6 +142,23 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {list(x.shape)} and {list(y.shape)}")
     return (reference.gate_residual_reference if _in_pytorch(x, y, gate) else operators.gate_residual)(x, y, gate)
+
+
+def gated_silu(x: Tensor) -> Tensor:
+    """silu(a) b for x = [a, b], what stands between the products of a SwiGLU (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        x: [..., 2 W], any floating dtype. Arithmetic is in float32, rounded once.
+
+    Returns:
+        [..., W] in `x`'s dtype.
+
+    Raises:
+        ValueError: an odd number of channels.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"gated_silu wants an even number of channels, got {list(x.shape)}")
+    return (reference.gated_silu_reference if _in_pytorch(x) else operators.gated_silu)(x)
 
 
 def gate_norm(

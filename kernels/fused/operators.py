@@ -114,6 +114,20 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("millstream::gated_silu", mutates_args=(), schema="(Tensor x) -> Tensor")
+def gated_silu(x: Tensor) -> Tensor:
+    if not runs_triton(x):
+        return reference.gated_silu_reference(x)
+    from .triton import gated_silu_triton
+
+    return gated_silu_triton(x)
+
+
+@gated_silu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
 @torch.library.custom_op(
     "millstream::gate_norm",
     mutates_args=(),

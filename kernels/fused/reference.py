@@ -28,10 +28,11 @@ def norm_rotary_reference(
     permutation: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """RMSNorm over all heads together, rotation of pairs of channels, then tokens in another order: [B, L, H, D]."""
-    x = _wide(x_BLW)
+    """RMSNorm over as many channels as there are weights, rotation of pairs of channels, then tokens in another order:
+    [B, L, H, D]."""
+    x = _wide(x_BLW).unflatten(-1, (-1, weight.shape[0]))
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
-    out = apply_rotary_reference(x.unflatten(-1, (heads, -1)), cos, sin)
+    out = apply_rotary_reference(x.flatten(2).unflatten(-1, (heads, -1)), cos, sin)
     out = out if permutation is None else out.index_select(1, permutation)
     return to_float8(out) if dtype == torch.float8_e4m3fn else out.to(dtype)
 
@@ -68,6 +69,12 @@ def gate_norm_reference(
     total = gate_residual_reference(x_BLW, y_BLW, none + 1 if gate_BGW is None else gate_BGW)
     shift, scale = (none if part is None else part for part in (shift_BGW, scale_BGW))
     return total, norm_modulate_reference(total, shift, scale, weight, bias, eps)
+
+
+def gated_silu_reference(x: Tensor) -> Tensor:
+    """SiLU of the first half of the channels times the second."""
+    gate, value = _wide(x).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * value).to(x.dtype)
 
 
 def rows_reference(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ def _norm_rotary_kernel(
     eps,
     width: tl.constexpr,
     half: tl.constexpr,
+    by_head: tl.constexpr,
     permuted: tl.constexpr,
     narrow: tl.constexpr,
     pairs: tl.constexpr,
@@ -38,8 +39,13 @@ def _norm_rotary_kernel(
     at = tl.arange(0, 2 * pairs)
     inside = at < width
     value = tl.load(x + row * x_row + token * x_token + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(value * value, axis=0) / width
-    value *= tl.rsqrt(mean + eps) * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if by_head:
+        value = tl.reshape(value, (pairs // half, 2 * half))
+        mean = tl.sum(value * value, axis=1) / (2 * half)
+        value *= tl.rsqrt(mean + eps)[:, None] * tl.load(weight + tl.arange(0, 2 * half)).to(tl.float32)[None, :]
+    else:
+        mean = tl.sum(value * value, axis=0) / width
+        value *= tl.rsqrt(mean + eps) * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(value, (pairs, 2)))
     cos += row * cos_row + token * cos_token
     sin += row * cos_row + token * cos_token
@@ -161,6 +167,16 @@ def _gate_residual_kernel(
 
 
 @triton.jit
+def _gated_silu_kernel(x, out, x_token, width: tl.constexpr, columns: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * columns + tl.arange(0, columns)
+    inside = at < width
+    gate = tl.load(x + token * x_token + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + token * x_token + width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * width + at, (gate * tl.sigmoid(gate) * value).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _part(x, at, width: tl.constexpr, activated: tl.constexpr):
     """Some columns of a row, or their GELU by tanh, which is a sigmoid of twice its argument; zeros past the row."""
     value = tl.load(x + at, mask=at < width, other=0.0).to(tl.float32)
@@ -242,8 +258,8 @@ def norm_rotary_triton(
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever its tensors are
         _norm_rotary_kernel[(tokens, rows)](
             x, weight.contiguous(), cos, sin, order, out, x.stride(0), x.stride(1), row_stride, token_stride, tokens,
-            eps, width, width // heads // 2, permutation is not None, dtype == torch.float8_e4m3fn, pairs,
-            num_warps=_warps(2 * pairs),
+            eps, width, width // heads // 2, weight.numel() < width, permutation is not None,
+            dtype == torch.float8_e4m3fn, pairs, num_warps=_warps(2 * pairs),
         )  # fmt: skip
     return out
 
@@ -290,6 +306,19 @@ def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
             x, y, gate, out, x.stride(0), x.stride(1), y.stride(0), y.stride(1), _row_stride(gate), gate.stride(1),
             tokens, tokens // gate.shape[1], width, columns, num_warps=_warps(columns),
         )  # fmt: skip
+    return out
+
+
+def gated_silu_triton(x: Tensor) -> Tensor:
+    """`reference.gated_silu_reference`."""
+    width = x.shape[-1] // 2
+    flat = _rows(x.reshape(-1, 2 * width))
+    out = x.new_empty((*x.shape[:-1], width))
+    columns = min(1024, triton.next_power_of_2(width))
+    with torch.cuda.device_of(x):
+        _gated_silu_kernel[(flat.shape[0], triton.cdiv(width, columns))](
+            flat, out, flat.stride(0), width, columns, num_warps=_warps(columns)
+        )
     return out
 
 

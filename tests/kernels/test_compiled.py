@@ -59,7 +59,9 @@ cos = one(64, 64)
 for dtype in (torch.bfloat16, *eight_bits[1:]):
     fused.norm_rotary_triton(x, weight, cos, cos, 12, 1e-6, None, dtype)
 fused.norm_rotary_triton(x, weight, cos, cos, 12, 1e-6, torch.arange(64), torch.bfloat16)
+fused.norm_rotary_triton(half(2, 64, 1024), half(64), one(64, 32), one(64, 32), 16, 1e-6, None, torch.bfloat16)
 fused.gate_residual_triton(x, x, shift)
+fused.gated_silu_triton(half(2, 64, 5504))
 for dtype in (None, *eight_bits):
     fused.norm_modulate_triton(x, shift, shift, None, None, 1e-6, dtype)
     triton_join.gate_norm_triton(x, x, shift, shift, shift, None, None, 1e-6, dtype)
@@ -128,7 +130,7 @@ norm_silu_triton(x, half(96), torch.empty_like(x))
 @pytest.mark.parametrize(
     ("script", "kernels"),
     [
-        (FUSED, "_norm_rotary _norm_modulate _gate_residual _gate_norm _quantize _linear"),
+        (FUSED, "_norm_rotary _norm_modulate _gate_residual _gated_silu _gate_norm _quantize _linear"),
         (ATTENTION, "attend merge _summary _quantize"),
         (OTHERS, "_sum _scan _read channel chunk _philox _norm_silu"),
     ],

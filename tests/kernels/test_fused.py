@@ -11,6 +11,7 @@ from millstream.kernels.fused import (
     Quantized,
     gate_norm,
     gate_residual,
+    gated_silu,
     norm_modulate,
     norm_rotary,
     quantize_rows,
@@ -34,7 +35,11 @@ def test_norm_rotary_is_the_norm_then_the_rotation(dtype):
     seen = norm_rotary(x, weight, cos, sin, heads=4, eps=1e-2)
     assert seen.shape == (2, 30, 4, 12)
     assert seen.dtype == dtype
-    torch.testing.assert_close(seen.double(), expected, atol=4 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)
+    near = {"atol": 4 * torch.finfo(dtype).eps, "rtol": torch.finfo(dtype).eps}
+    torch.testing.assert_close(seen.double(), expected, **near)
+    normal = F.rms_norm(x.double().unflatten(-1, (4, 12)), (12,), weight[:12].double(), 1e-2)
+    seen = norm_rotary(x, weight[:12], cos, sin, heads=4, eps=1e-2)
+    torch.testing.assert_close(seen.double(), apply_rotary(normal, cos, sin), **near)
 
 
 def test_norm_rotary_in_float8_ends_where_its_numbers_end():
@@ -88,6 +93,17 @@ def test_gate_norm_is_the_sum_and_the_norm_of_what_is_stored(dtype):
     assert torch.equal(total, x + y)
     none = torch.zeros(1, 1, 48)
     assert torch.equal(normal, norm_modulate(total, none, none, weight=weight, bias=bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_silu_is_its_formula(dtype):
+    x = draw(0, 2, 30, 96, dtype=dtype)
+    gate, value = x.double().chunk(2, dim=-1)
+    seen = gated_silu(x)
+    assert seen.dtype == dtype
+    torch.testing.assert_close(seen.double(), F.silu(gate) * value, atol=1e-5, rtol=2 * torch.finfo(dtype).eps)
+    with pytest.raises(ValueError, match=r"an even number of channels, got \[2, 30, 95\]"):
+        gated_silu(x[..., 1:])
 
 
 @pytest.mark.parametrize("kind", EIGHT_BITS)
@@ -168,6 +184,7 @@ def test_the_operators_pass_pytorchs_own_checks():
     torch.library.opcheck(ops.norm_modulate, (x, group, group, None, None, 1e-6, None))
     torch.library.opcheck(ops.norm_modulate, (x, group, group, None, None, 1e-6, torch.int8))
     torch.library.opcheck(ops.gate_residual, (x, x, group))
+    torch.library.opcheck(ops.gated_silu, (x,))
     torch.library.opcheck(ops.gate_norm, (x, x, group, group, group, None, None, 1e-6, torch.int8))
     torch.library.opcheck(ops.gate_norm, (x, x, None, None, None, draw(2, 16), draw(3, 16), 1e-6, None))
     for dtype in EIGHT_BITS:
@@ -181,8 +198,8 @@ def test_the_operators_pass_pytorchs_own_checks():
 def test_what_does_not_fit_is_refused_with_what_was_seen_and_wanted():
     x = draw(0, 2, 6, 16)
     cos, sin = rotary_angles(torch.arange(6), 1, 1, 8)
-    with pytest.raises(ValueError, match=r"x \[2, 6, 16\], weight \[8\] and heads=2"):
-        norm_rotary(x, draw(1, 8), cos, sin, heads=2)
+    with pytest.raises(ValueError, match=r"x \[2, 6, 16\], weight \[5\] and heads=2"):
+        norm_rotary(x, draw(1, 5), cos, sin, heads=2)
     with pytest.raises(ValueError, match=r"an even D, got .* heads=16"):
         norm_rotary(x, draw(1, 16), cos, sin, heads=16)
     with pytest.raises(ValueError, match=r"\[2, 6, 2\], got \[6, 4\]"):
@@ -235,7 +252,7 @@ def near(seen, wanted):  # sums in another order round to another number here an
     assert (off <= (1 if wanted[0].dtype == torch.int8 else bent.abs()[sure] / 8 + 2**-9)).all()
 
 
-for heads, dim in ((1, 16), (3, 12), (2, 40)):
+for heads, dim in ((1, 16), (3, 16), (3, 12), (2, 40)):
     wide = draw(2, 6, 2, heads * dim)
     x, y = wide.unbind(2)  # strided, as a joint projection gives them
     cos, sin = rotary_angles(torch.arange(6), 1, 1, dim)
@@ -246,6 +263,9 @@ for heads, dim in ((1, 16), (3, 12), (2, 40)):
             close(
                 fast.norm_rotary_triton(*arguments, x.dtype), plain.norm_rotary_reference(*arguments, x.dtype)
             )
+            if dim == 16:
+                arguments = x, draw(dim), *turn, heads, 1e-6, order, x.dtype
+                close(fast.norm_rotary_triton(*arguments), plain.norm_rotary_reference(*arguments))
             arguments = x, 400 * draw(heads * dim), *turn, heads, 1e-6, order, torch.float8_e4m3fn
             seen, wanted = fast.norm_rotary_triton(*arguments), plain.norm_rotary_reference(*arguments)
             seen, wanted = seen.float(), wanted.float()
@@ -274,6 +294,9 @@ for heads, dim in ((1, 16), (3, 12), (2, 40)):
                 near(seen, plain.quantize_rows_reference(normal, torch.int8))
         for gate in (scale, scale[:1]):
             close(fast.gate_residual_triton(x, y, gate), plain.gate_residual_reference(x, y, gate))
+for width in (1, 40, 1100):
+    x = draw(2, 5, 2 * width + 6)[..., 3:-3]
+    close(fast.gated_silu_triton(x), plain.gated_silu_reference(x))
 for dtype in (torch.int8, torch.float8_e4m3fn):
     for rows, columns, depth in ((1, 1, 16), (70, 33, 40), (5, 130, 200), (70, 33, 80)):
         x, weight = draw(rows, depth), draw(columns, depth)
@@ -326,8 +349,10 @@ def test_cuda_rounds_once(size, dtype):
     order = torch.randperm(tokens, device="cuda")
     for run in (
         lambda x, y: norm_rotary(x, weight.to(x.dtype), cos, sin, heads=heads, permutation=order),
+        lambda x, y: norm_rotary(x, weight.to(x.dtype)[:dim], cos, sin, heads=heads),
         lambda x, y: norm_modulate(x, shift, scale),
         lambda x, y: gate_residual(x, y, gate),
+        lambda x, y: gated_silu(torch.cat([x, y], dim=-1)),
         lambda x, y: gate_norm(x, y, gate, shift=shift, scale=scale)[0],
     ):
         exact = _exact(run, x, y)
