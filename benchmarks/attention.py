@@ -37,6 +37,9 @@ from attention_report import Report, plot
 from torch import Tensor
 
 from millstream.kernels import BlockPlan, attend
+from millstream.kernels.attention.float8 import attend_float8
+from millstream.kernels.attention.turned import GRAIN, turn_values
+from millstream.kernels.float8 import FLOAT8, to_float8
 from millstream.kernels.planners import FlashBlock
 
 
@@ -156,6 +159,29 @@ def few_queries(heads: int, dim: int, device: str, repeats: int, queries: int, k
     return {"dense_ms": dense_ms, "ms": ms, "speedup": dense_ms / ms, "tflops": flops(q, k) / ms / 1e9}
 
 
+def chunk_in_float8(heads: int, dim: int, device: str, repeats: int, queries: int, keys: int) -> dict:
+    """A stream's chunk against keys and values that are kept in FP8, and what it takes to turn the chunk's values."""
+    generator = torch.Generator(device).manual_seed(7)
+    shapes = [(1, queries, heads, dim), (1, keys, heads, dim), (1, keys, heads, dim)]
+    q, k, v = (torch.randn(shape, generator=generator, device=device).to(DTYPE) for shape in shapes)
+    turned = torch.zeros((1, heads, dim, -(-keys // GRAIN) * GRAIN), dtype=FLOAT8, device=device)
+    turn_values(v, turned)
+    narrow = to_float8(q), to_float8(k)
+    rows = torch.linspace(0, queries - 1, min(queries, 256), device=device).round().long()
+    truth = exact(q, k, v, rows)
+    seen = attend_float8(*narrow, turned)[0][0, rows].double()
+    dense_ms = median_ms(lambda: attend(q, k, v), repeats, device)
+    ms = median_ms(lambda: attend_float8(*narrow, turned), repeats, device)
+    return {
+        "dense_ms": dense_ms,
+        "ms": ms,
+        "speedup": dense_ms / ms,
+        "tflops": flops(q, k) / ms / 1e9,
+        "error": float((seen - truth).norm() / truth.norm()),
+        "turn_ms": median_ms(lambda: turn_values(v[:, :queries], turned), repeats, device),
+    }
+
+
 def tune(report: Report, heads: int, tokens: int, device: str) -> None:
     """The kernel's tile sizes, dense and sparse, each held to float64 before it is timed; then the best as JSON."""
     from attention_tune import best, candidates
@@ -220,6 +246,8 @@ def main() -> None:
     for name, run in (
         ("reuse, 4 steps", lambda: reuse(*shape, chunk, 3 * chunk)),
         ("few queries", lambda: few_queries(*shape, chunk // 3, 4 * chunk)),
+        ("chunk in FP8", lambda: chunk_in_float8(*shape, chunk, 4 * chunk)),
+        ("chunk alone in FP8", lambda: chunk_in_float8(*shape, chunk, chunk)),
     ):
         if not wanted or any(part in name for part in wanted):
             report.add(name, run)

@@ -105,7 +105,7 @@ def table(data: dict, kind: str = "video") -> str:
         cells += [f"{row['speedup']:.2f}" if "speedup" in row else "", f"{row['error']:.4f}"]
         lines.append("| " + " | ".join([*cells, f"{other:.2f}" if other else ""]) + " |")
     for row in data["results"]:
-        if row["name"].startswith(("reuse", "few queries")):
+        if row["name"].startswith(("reuse", "few queries", "chunk")):
             numbers = ", ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
             lines.append(f"\n{row['name']}: {numbers}")
     shape = data["shape"]
