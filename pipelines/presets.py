@@ -33,7 +33,8 @@ class Preset:
         narrowest: products with fewer inputs or outputs than this stay as they are.
         reuse: steps of a chunk that attend to everything; at later ones attention to what lies outside the chunk is
             taken as the last of these left it, and merged with attention inside (`planners.FlashBlock`). The pass that
-            remembers the chunk computes everything. 0: all steps attend to everything.
+            remembers the chunk computes everything. 0: all steps attend to everything. -1: all but the last (-2: the
+            last two), and the first two always.
         least_window: tokens in a window from which on `reuse` and `attention` are done; with fewer they gain nothing.
         attention: "fp8" multiplies queries, keys and values as float8_e4m3fn without scales, and keeps them so, on GPUs
             that have a kernel for it (`kernels.attention.float8`); elsewhere, under a model's own attention plan and
@@ -64,7 +65,9 @@ class Preset:
             raise ValueError(f"attention must be None or 'fp8', got {self.attention!r}")
         if self.attention and self.kv:
             raise ValueError(f"attention='fp8' keeps keys as it multiplies them; leave out kv={self.kv!r}")
-        for field in ("reuse", "narrowest", "least_window"):
+        if not isinstance(self.reuse, int):
+            raise ValueError(f"reuse must be a whole number, got {self.reuse!r}")
+        for field in ("narrowest", "least_window"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 0:
                 raise ValueError(f"{field} must be a whole number from 0 on, got {getattr(self, field)!r}")
 
@@ -125,10 +128,12 @@ def kept_attention(preset: Preset, cache: KVCache) -> FlashBlock | None:
     return FlashBlock() if preset.reuse and wide else None
 
 
-def attend_at(step: int, preset: Preset, chunk: KVChunk, kept: FlashBlock | None) -> None:
-    """Let the next pass over `chunk` attend as its step (from 0) does under `preset`."""
-    chunk.reuse = kept if step >= preset.reuse - 1 else None
-    chunk.first = step == preset.reuse - 1
+def attend_at(step: int, steps: int, preset: Preset, chunk: KVChunk, kept: FlashBlock | None) -> None:
+    """Let the next pass over `chunk` attend as this step of so many (from 0) does under `preset`."""
+    whole = preset.reuse if preset.reuse > 0 else max(2, steps + preset.reuse)
+    saves = step >= whole - 1 and (preset.reuse > 0 or whole < steps)
+    chunk.reuse = kept if saves else None
+    chunk.first = step == whole - 1
 
 
 def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel, text_encoder: nn.Module | None = None) -> None:
@@ -147,7 +152,7 @@ def refuse_saving(preset: Preset, transformer: CausalTransformer3DModel, text_en
 
 for each in (
     Preset("exact"),
-    Preset("fast", linears="int8", reuse=3, least_window=4096, attention="fp8"),
+    Preset("fast", linears="int8", reuse=-1, least_window=4096, attention="fp8"),
     Preset("small", linears="int8", all_linears=True, kv="int8", text_on_host=True),
 ):
     add_preset(each)

@@ -88,7 +88,7 @@ class VideoDrawer(VideoPasses):
             kept = kept_attention(self.preset, self.arena.cache)
 
             def denoise(x: Tensor, sigma: float) -> Tensor:
-                attend_at(sigmas.index(sigma), self.preset, chunk, kept)
+                attend_at(sigmas.index(sigma), len(sigmas) - 1, self.preset, chunk, kept)
                 return self._flow(x, self._condition(sigma, chunk), chunk)
 
             x = self._noise_of(numbers, count, 0)

@@ -76,12 +76,12 @@ class FrameDrawer(DiffusionPipeline):
             kept, kept_silent = (kept_attention(self.preset, self.arena.cache) for _ in range(2))
 
             def denoise(latents: Tensor, sigma: float) -> Tensor:
-                step = sigmas.index(sigma)
-                attend_at(step, self.preset, chunk, kept)
+                step, steps = sigmas.index(sigma), len(sigmas) - 1
+                attend_at(step, steps, self.preset, chunk, kept)
                 flow = self._flow(latents, sigma, text, chunk, actions)
                 if silence is None:
                     return flow
-                attend_at(step, self.preset, chunk, kept_silent)
+                attend_at(step, steps, self.preset, chunk, kept_silent)
                 return combine(flow, self._flow(latents, sigma, silence, chunk, actions), weight)
 
             def noise(step: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,31 @@ def test_reuse_is_exact_where_a_chunk_has_one_step(make, seeded, position):
     recipe = replace(RECIPES["longlive"], name="once", timesteps=(1000,), position=position)
     exact, reuse = (clip(make(recipe, preset=each), seeded, 9) for each in ("exact", Preset("reuse", reuse=1)))
     torch.testing.assert_close(exact, reuse, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "steps", "saved"),
+    [
+        (0, 4, []),
+        (3, 4, [3]),
+        (1, 3, [1, 2]),
+        (-1, 4, [3]),
+        (-1, 3, [2]),
+        (-1, 2, []),
+        (-2, 4, [2, 3]),
+        (-9, 4, [2, 3]),
+    ],
+)
+def test_reuse_says_which_steps_take_what_the_one_before_left(reuse, steps, saved):
+    chunk, preset = SimpleNamespace(), Preset("mine", reuse=reuse)
+    kept = object() if reuse else None
+    taken, firsts = [], []
+    for step in range(steps):
+        presets.attend_at(step, steps, preset, chunk, kept)
+        if chunk.reuse is not None:
+            (firsts if chunk.first else taken).append(step)
+    assert taken == saved
+    assert firsts == [step - 1 for step in saved[:1]]
 
 
 def test_reuse_is_exact_while_nothing_lies_outside_and_remembers_exactly(make, seeded):
