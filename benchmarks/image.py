@@ -9,8 +9,8 @@ batch of 64 pictures is 128 rows. Pixels are not decoded.
 `large` is ARPG-L's size (320 M parameters) and its peers': LlamaGen-L for raster, the same layers for masked, next
 scale and M-VAR; VAR-d16's 16 adaptive layers; MAR-L's 32 layers and flow head, LINA with the same. On CUDA a whole
 decoding is one CUDA graph, for raster too; `eager` starts every kernel by itself. Before a graph is timed its tokens
-are compared with the eager ones: `as_eager` is the share that is the same; where it is not 1, `eager_again` is that of a
-second eager decoding.
+are compared with the eager ones: `as_eager` is the share that is the same; where it is not 1, `eager_again` is that
+of a second eager decoding.
 
 Beside them stand diffusers' own pipelines at their published sizes, as `image_peers.py` tells: DiT-XL/2 (675 M
 parameters, and 75 M more in diffusers, which has an embedding of labels in every block) and amused-256 (603 M), as they
