@@ -67,11 +67,11 @@ class Categorical:
             beyond = ordered.cumsum(dim=-1) - ordered >= self.top_p
             probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), 0.0)
         reached = probs.cumsum(dim=-1)
-        # `right`: a token of probability 0 is never drawn, not even by 0. The sum falls short of 1 by rounding, and the
-        # last token that added to it stands for all beyond.
-        total = reached[..., -1:].contiguous()
-        values = torch.searchsorted(reached, uniform[..., None].float() * total, right=True)
-        return torch.minimum(values, torch.searchsorted(reached, total))[..., 0]
+        # `right`: a token of probability 0 is never drawn, not even by 0. The sum falls short of 1 by rounding.
+        wanted = uniform[..., None].float() * reached[..., -1:]
+        values = torch.searchsorted(reached, wanted, right=True)[..., 0]
+        last = probs.shape[-1] - 1 - (probs > 0).flip(-1).byte().argmax(dim=-1)
+        return torch.minimum(values, last)
 
 
 @dataclass(frozen=True, slots=True)

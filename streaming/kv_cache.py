@@ -139,7 +139,10 @@ class KVCache:
                 seen = tuple(getattr(value, "shape", ()))
                 raise ValueError(f"the saved {name} has shape {seen}, this cache needs {tuple(store.shape)}")
             if (value.dtype == FLOAT8) != (store.dtype == FLOAT8):
-                raise ValueError(f"the saved {name} is kept in {value.dtype}, in this cache it is in {store.dtype}")
+                raise ValueError(
+                    f"the saved {name} is kept in {value.dtype}, in this cache it is in {store.dtype}, as presets that "
+                    "attend in FP8 keep it where the GPU can; open it under a preset that differs in that alone"
+                )
         for store, value in stores.values():
             store.copy_(value)  # pyright: ignore[reportArgumentType]
         self.counts[row] = int(saved["count"])

@@ -18,6 +18,7 @@ from .triton import attend_kernel
 
 MAX_SPLITS = 8
 TMA_CAPABILITY = 9
+INTERPRETED = 9, 132, 232448  # what a GPU would say: its capability, multiprocessors, bytes of shared memory
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def attend_blocks(
     k_rows = k.shape[1]
     quantize = {torch.int8: "int8", FLOAT8: "fp8"}.get(q.dtype, "none")
     v_row = quantize != "fp8"
-    capability, processors, shared = (9, 132, 232448) if not q.is_cuda else _device(q)
+    capability, processors, shared = _device(q) if q.is_cuda else INTERPRETED
     config = config or choose_config((block_q, block_k), dim, q.dtype, shared)
     n_q, width = indices.shape[2:]
     tiles = n_q * block_q // config.tile_q

@@ -254,7 +254,7 @@ def quantized_linear(x: Rows, weight: Quantized, bias: Tensor | None = None, *, 
     else:
         rows = ready or operators.quantize_rows(flat, values.dtype, gelu)
         out = operators.quantized_product(*rows, values, scale, bias, x.dtype)
-    return out.view(*given.shape[:-1], -1)
+    return out.view(*given.shape[:-1], values.shape[0])
 
 
 def _in_pytorch(*tensors: Tensor | None) -> bool:

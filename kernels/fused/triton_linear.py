@@ -98,7 +98,7 @@ CANDIDATES = (
     Tiles(256, 128, 128, bulk=True),
     # Small tiles fill the last round of multiprocessors better.
     Tiles(64, 128, 128, warps=4, bulk=True),
-    Tiles(64, 128, 128, warps=4, bulk=True, resident=3),
+    Tiles(64, 128, 128, warps=4, stages=4, bulk=True, resident=2),
 )
 MANY = 512  # rows
 _fastest: dict[tuple[int, int, int, torch.device], Tiles] = {}

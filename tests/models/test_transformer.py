@@ -10,6 +10,9 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from millstream.kernels.fused import norm_modulate
+from millstream.models import block, modulation
+from millstream.models.quantized import quantize_linears
 from millstream.models.transformer import CausalTransformer3DModel
 from millstream.streaming.kv_cache import KVCache, Window
 
@@ -379,3 +382,29 @@ def test_what_it_cannot_do_is_refused():
         model()(given["hidden_states"][..., :5], torch.ones(2), given["encoder_hidden_states"])
     with pytest.raises(ValueError, match=r"draws \(3, 3\) tokens a frame, got latents for \(2, 3\)"):
         model(position_grid=(3, 3))(**given)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("wanted", ["", "attn1", "attn2.to_q", "ffn"])
+@pytest.mark.parametrize("config", ["small", "no cross norm", "patches"])
+@torch.no_grad()
+def test_rows_that_norms_give_in_eight_bits_are_those_that_products_would_make(monkeypatch, kind, wanted, config):
+    """What a GPU does in one pass, done here by the same functions in PyTorch."""
+    config = CONFIGS[config] | {"attention_head_dim": 16}
+    ours = model(**config)
+    assert quantize_linears(ours.blocks, kind, lambda name: wanted in name) > 0
+    for each in ours.blocks:
+        each.lay_out_weights()
+    given = {**inputs(config), "timestep": torch.tensor([300.0, 700.0])}
+    plain = ours(**given).sample
+    made = []
+
+    def counted(*arguments, **named):
+        made.append(named.get("dtype"))
+        return norm_modulate(*arguments, **named)
+
+    for module in (block, modulation):
+        monkeypatch.setattr(module, "in_one_kernel", lambda x: True)
+    monkeypatch.setattr(modulation, "norm_modulate", counted)
+    torch.testing.assert_close(ours(**given).sample, plain, atol=2e-5, rtol=1e-4)
+    assert (kind in made) == (wanted in ("", "attn1"))

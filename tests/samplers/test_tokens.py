@@ -215,11 +215,17 @@ def test_categorical_draws_by_the_distribution() -> None:
     assert shares(Categorical(temperature=1e-3)) == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-24])
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-24, 1.0])  # 1 is what the numbers below it round to
 def test_impossible_tokens_are_never_drawn(uniform: float) -> None:
     logits = torch.full((5000,), -torch.inf)
-    logits[[17, 3211]] = 0.0
+    logits[[17, 3211]] = torch.tensor([0.3, 0.0])
     assert int(Categorical().invert(logits, torch.tensor(uniform))) == (17 if uniform == 0 else 3211)
+
+
+def test_a_broken_network_gives_tokens_that_exist() -> None:
+    logits = torch.tensor([[torch.nan] * 5, [torch.inf] * 5, [-torch.inf] * 5])
+    tokens = Categorical().invert(logits, torch.full((3,), 0.5))
+    assert ((tokens >= 0) & (tokens < 5)).all()
 
 
 def test_temperature_zero_is_greedy_and_needs_no_draw() -> None:
