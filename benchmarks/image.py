@@ -32,7 +32,7 @@ import torch
 from image_methods import METHODS, SIZES, Method, Size, make_draw, make_parts
 from image_peers import DIT, make_peer
 from torch import Tensor
-from variants import describe, measure_all, publish
+from variants import chosen, describe, measure_all, publish
 
 COMPARED = ("random order, 64 steps", "raster", "raster, eager")  # by the goal
 FIRST = ("random order, 64 steps", "raster")
@@ -57,9 +57,7 @@ def main() -> None:
     if arguments.quick:
         wanted = {f"{sizes[0]}: {name}" for name in COMPARED}
         variants = {name: run for name, run in variants.items() if name in wanted}
-    if arguments.only:
-        words = arguments.only.split(";")
-        variants = {name: run for name, run in variants.items() if any(word in name for word in words)}
+    variants = chosen(variants, arguments.only)
 
     def keep(measured: dict[str, Any], *, printed: bool = False) -> None:
         publish({**report, "variants": measured, "goal": goal(measured)}, arguments.out, printed=printed)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from millstream.kernels.fused import operators, quantize_rows
-from millstream.kernels.fused.triton_linear import CANDIDATES, quantized_product_triton
+from millstream.kernels.fused.triton_linear import CANDIDATES, Tiles, quantized_product_triton
 
 ROWS = 4680
 SHAPES = ((1536, 1536), (1536, 4608), (1536, 8960), (8960, 1536))  # depth, columns
@@ -45,14 +45,16 @@ def columns_of(depth: int, columns: int) -> tuple[dict[str, Callable[[], Tensor]
         "quantise alone": lambda: quantised(torch.int8)[0],
     }
     tiles = {
-        " ".join(str(part) for part in each[:5])
-        + " bulk" * each.bulk
-        + f" {each.resident} each" * (each.resident > 0): (
-            lambda each=each: quantized_product_triton(*rows, *whole, bias, x.dtype, each)
-        )
+        named(each): (lambda each=each: quantized_product_triton(*rows, *whole, bias, x.dtype, each))
         for each in CANDIDATES
     }
     return ways, F.linear(x.double(), full.double(), bias.double()), tiles
+
+
+def named(tiles: Tiles) -> str:
+    """Rows, columns, depth, warps and stages, and what else is so."""
+    numbers = " ".join(str(part) for part in tiles[:5])
+    return numbers + " bulk" * tiles.bulk + f" {tiles.resident} each" * (tiles.resident > 0)
 
 
 def timed(way: Callable[[], Tensor], exact: Tensor | None) -> float | str:

@@ -29,7 +29,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from stream_measures import Clock, kernels, memory, stepped, summary, until_first
 from stream_peers import chunked_clip, decoders, encoder, one_pass, whole_clip
-from variants import measure_all, publish
+from variants import chosen, measure_all, publish
 
 import millstream as ms
 from millstream.models.tiny_vae import TinyVideoDecoder
@@ -76,9 +76,8 @@ def main() -> None:
     variants = bench.variants()
     if arguments.endless:
         variants = {"endless": partial(bench.endless, arguments.endless, lambda rows: keep({"endless": rows}))}
-    elif arguments.only:
-        words = [word.strip() for word in arguments.only.split(",")]
-        variants = {name: measure for name, measure in variants.items() if any(word in name for word in words)}
+    else:
+        variants = chosen(variants, arguments.only, ",")
     measure_all(variants, arguments.seconds, after=bench.clear, keep=keep)
     publish(report, arguments.out)
 

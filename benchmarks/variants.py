@@ -15,6 +15,12 @@ import torch
 Measure = Callable[[], dict[str, Any]]
 
 
+def chosen(plan: dict[str, Any], only: str | None, separator: str = ";") -> dict[str, Any]:
+    """What of `plan` has one of the words of `only` in its name; all of it without any."""
+    words = [word.strip() for word in only.split(separator)] if only else [""]
+    return {name: part for name, part in plan.items() if any(word in name for word in words)}
+
+
 def measure_all(
     plan: Mapping[str, Measure],
     seconds: float,

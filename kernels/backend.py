@@ -26,6 +26,13 @@ def runs_triton(tensor: Tensor, *, what: str = "", capability: tuple[int, int] =
 
 
 @cache
+def is_hopper(device: torch.device) -> bool:
+    """NVIDIA's compute capability 9: an H100, an H200."""
+    cuda = device.type == "cuda" and torch.version.hip is None
+    return cuda and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
 def _is_new_enough(what: str, capability: tuple[int, int], device: torch.device) -> bool:
     if torch.version.hip is not None or (seen := torch.cuda.get_device_capability(device)) >= capability:
         return True

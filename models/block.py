@@ -132,7 +132,7 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         """Lay the weights of q, k and v side by side, so that one product makes all three. Names and values stay."""
         linears: Any = (self.to_q, self.to_k, self.to_v)
-        narrow = {linear.dtype if type(linear) is QuantizedLinear else None for linear in linears}
+        narrow = {eight_bits(linear) for linear in linears}
         if len(narrow) > 1 or (None in narrow and not all(map(is_plain, linears))):
             return  # adapters and what other libraries quantised do more than a product
         with torch.no_grad():
@@ -215,15 +215,13 @@ class Block(nn.Module):
         """`ffn`; the activation is a part of the first product on a GPU, or of the second one's quantisation."""
         net: Any = self.ffn.net
         first, last = net[0].proj, net[2]
-        if isinstance(x, Quantized):
+        if isinstance(x, Quantized) or eight_bits(last):
             return last.after_gelu(first(x))
         plain = is_plain(first) and is_plain(last) and first.weight.dtype == x.dtype  # which autocast may change
         if in_one_kernel(x) and plain and x.dtype != torch.float32:
             flat = x.reshape(-1, x.shape[-1])
             hidden = torch._addmm_activation(first.bias, flat, first.weight.t(), use_gelu=True)
             return last(hidden).view(x.shape)
-        if type(last) is QuantizedLinear:
-            return last.after_gelu(first(x))
         return self.ffn(x)
 
     def lay_out_weights(self) -> None:

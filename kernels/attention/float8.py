@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..backend import runs_triton
+from ..backend import is_hopper, runs_triton
 from ..float8 import FLOAT8
 from . import attend
 from .plan import BlockPlan
@@ -59,9 +59,7 @@ def attend_float8(
 @cache
 def float8_serves(device: torch.device, dim: int) -> bool:
     """Are there FP8 products for heads of `dim` channels on `device`?"""
-    if device.type != "cuda" or torch.version.hip is not None or dim not in (64, 128):
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9 and runs_triton(torch.empty(0, device=device))
+    return dim in (64, 128) and is_hopper(device) and runs_triton(torch.empty(0, device=device))
 
 
 @cache  # for a step that is recorded must not make it

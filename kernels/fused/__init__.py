@@ -80,8 +80,7 @@ def norm_rotary(
         )
     if permutation is not None and permutation.shape != x.shape[1:2]:
         raise ValueError(f"permutation must name every token once, [L] = [{x.shape[1]}], got {list(permutation.shape)}")
-    half = x.shape[-1] // heads // 2
-    odd = weight.shape != x.shape[-1:] and half & (half - 1) != 0  # heads that no power of two holds
+    odd = weight.shape != x.shape[-1:] and full[2] & (full[2] - 1) != 0  # heads that no power of two holds
     plain = odd or _in_pytorch(x, weight, cos, sin)
     run = reference.norm_rotary_reference if plain else operators.norm_rotary
     return run(x, weight, cos, sin, heads, eps, permutation, dtype or x.dtype)
@@ -246,9 +245,8 @@ def quantized_linear(x: Rows, weight: Quantized, bias: Tensor | None = None, *, 
         raise ValueError(f"rows in 8 bits must be {values.dtype}, as the weight is, and have their GELU behind them")
     flat = given.detach().reshape(-1, given.shape[-1])
     ready = (flat, x.scale.reshape(-1, 1)) if isinstance(x, Quantized) else None
-    if (
-        given.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # where calling an operator takes as long as it
+    # On a CPU calling an operator takes as long as it.
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = ready or reference.quantize_rows_reference(flat, values.dtype, gelu)
         out = reference.quantized_product_reference(*rows, values, scale, bias, x.dtype)
     else:

@@ -68,7 +68,7 @@ def norm_modulate(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _rows_in(dtype, x):
+    if not runs_in(dtype or x.dtype, x):
         out = reference.norm_modulate_reference(x, shift, scale, weight, bias, eps).contiguous()
         return reference.rows_reference(out, dtype)
     from .triton import norm_modulate_triton
@@ -86,16 +86,7 @@ def _(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x, dtype)
-
-
-def _rows_in(dtype: torch.dtype | None, x: Tensor) -> bool:
-    return runs_triton(x) if dtype is None else runs_in(dtype, x)
-
-
-def _empty_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    scales = (0,) if dtype is None else (*x.shape[:-1], 1)
-    return x.new_empty(x.shape, dtype=dtype or x.dtype), x.new_empty(scales, dtype=torch.float32)
+    return reference.empty_rows(x, dtype)
 
 
 @torch.library.custom_op(
@@ -145,7 +136,7 @@ def gate_norm(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _rows_in(dtype, x):
+    if not runs_in(dtype or x.dtype, x):
         total, out = reference.gate_norm_reference(x, y, gate, shift, scale, weight, bias, eps)
         return total.contiguous(), *reference.rows_reference(out.contiguous(), dtype)
     from .triton_join import gate_norm_triton
@@ -165,7 +156,7 @@ def _(
     eps: float,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_empty_rows(x, dtype)
+    return x.new_empty(x.shape), *reference.empty_rows(x, dtype)
 
 
 @torch.library.custom_op(
@@ -182,7 +173,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Te
 
 @quantize_rows.register_fake
 def _(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return reference.empty_rows(x, dtype)
 
 
 @torch.library.custom_op(

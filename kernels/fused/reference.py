@@ -77,6 +77,12 @@ def gated_silu_reference(x: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * value).to(x.dtype)
 
 
+def empty_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Where rows of the shape of x go in `dtype`, and their scales; None is x's own dtype, without scales."""
+    scales = (0,) if dtype is None else (*x.shape[:-1], 1)
+    return x.new_empty(x.shape, dtype=dtype or x.dtype), x.new_empty(scales, dtype=torch.float32)
+
+
 def rows_reference(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """x in 8 bits and its scales, or as it is without any."""
     return (x, x.new_empty(0, dtype=torch.float32)) if dtype is None else quantize_rows_reference(x, dtype)

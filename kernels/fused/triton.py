@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import LARGEST, SMALLEST
+from .reference import LARGEST, SMALLEST, empty_rows
 
 
 @triton.jit
@@ -275,7 +275,7 @@ def norm_modulate_triton(
 ) -> tuple[Tensor, Tensor]:
     """`reference.norm_modulate_reference`; `shift` and `scale` may be slices of one projection."""
     rows, tokens, width = x.shape
-    out, scales, in_eight_bits = like_rows(x, dtype)
+    out, scales = empty_rows(x, dtype)
     x, shift, scale = _rows(x), _rows(shift), _rows(scale)
     columns = triton.next_power_of_2(width)
     with torch.cuda.device_of(x):
@@ -283,16 +283,14 @@ def norm_modulate_triton(
             x, shift, scale, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(),
             out, scales, x.stride(0), x.stride(1), _row_stride(shift), shift.stride(1), _row_stride(scale),
             scale.stride(1), tokens, tokens // shift.shape[1], eps, SMALLEST, width, weight is not None,
-            bias is not None, columns, *in_eight_bits, num_warps=_warps(columns),
+            bias is not None, columns, *rounding(dtype), num_warps=_warps(columns),
         )  # fmt: skip
     return out, scales
 
 
-def like_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, tuple[float, bool]]:
-    """Where rows of the shape of `x` go, where their scales go, and what `put_row` is told; None is `x`'s dtype."""
-    scales = x.new_empty(0 if dtype is None else (*x.shape[:-1], 1), dtype=torch.float32)
-    largest = 0.0 if dtype is None else LARGEST[dtype]
-    return x.new_empty(x.shape, dtype=dtype or x.dtype), scales, (largest, dtype == torch.int8)
+def rounding(dtype: torch.dtype | None) -> tuple[float, bool]:
+    """The largest number of `dtype`, 0 where rows are not quantised, and whether its numbers are whole."""
+    return (0.0 if dtype is None else LARGEST[dtype]), dtype == torch.int8
 
 
 def gate_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -326,12 +324,11 @@ def quantize_rows_triton(x: Tensor, dtype: torch.dtype, gelu: bool = False) -> t
     """`reference.quantize_rows_reference`, equal to the bit without GELU."""
     width = x.shape[-1]
     flat = _rows(x.reshape(-1, width))
-    values = x.new_empty(x.shape, dtype=dtype)
-    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    values, scales = empty_rows(x, dtype)
     head, tail = _two_parts(width)
     with torch.cuda.device_of(x):
         _quantize_kernel[(flat.shape[0],)](
-            flat, values, scales, flat.stride(0), SMALLEST, width, LARGEST[dtype], dtype == torch.int8, gelu,
-            head, tail, num_warps=_warps(head), enable_fp_fusion=False,
+            flat, values, scales, flat.stride(0), SMALLEST, width, *rounding(dtype), gelu, head, tail,
+            num_warps=_warps(head), enable_fp_fusion=False,
         )  # fmt: skip
     return values, scales

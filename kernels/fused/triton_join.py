@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import SMALLEST
-from .triton import _row_stride, _rows, _warps, like_rows, normalised, put_row
+from .reference import SMALLEST, empty_rows
+from .triton import _row_stride, _rows, _warps, normalised, put_row, rounding
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def gate_norm_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.gate_norm_reference`; the norm reads the sum as it is stored."""
     rows, tokens, width = x.shape
-    total, (out, scales, in_eight_bits) = x.new_empty(x.shape), like_rows(x, dtype)
+    total, (out, scales) = x.new_empty(x.shape), empty_rows(x, dtype)
     x, y = _rows(x), _rows(y)
     # Stand-ins that are never read.
     g, a, b = (x if part is None else _rows(part) for part in (gate, scale, shift))
@@ -95,6 +95,6 @@ def gate_norm_triton(
             total, out, scales, x.stride(0), x.stride(1), y.stride(0), y.stride(1), _row_stride(g), g.stride(1),
             tokens // g.shape[1], _row_stride(b), b.stride(1), _row_stride(a), a.stride(1), tokens // b.shape[1],
             tokens, eps, SMALLEST, width, gate is not None, shift is not None, weight is not None, bias is not None,
-            columns, *in_eight_bits, num_warps=_warps(columns),
+            columns, *rounding(dtype), num_warps=_warps(columns),
         )  # fmt: skip
     return total, out, scales

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import is_hopper
+
 
 @triton.jit
 def _linear_kernel(
@@ -159,19 +161,13 @@ def _multiprocessors(device: torch.device) -> int:
 def _chosen(values: Tensor, weight: Tensor, run: Callable[[Tiles], None]) -> Tiles:
     (rows, depth), columns = values.shape, weight.shape[0]
     key = rows, columns, depth, values.device
-    if values.dtype == torch.int8 and rows >= MANY and depth % 16 == 0 and _is_hopper(values.device):
+    if values.dtype == torch.int8 and rows >= MANY and depth % 16 == 0 and is_hopper(values.device):
         if key not in _fastest and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
             _fastest[key] = fastest(run)
         return _fastest.get(key, USUAL)
     # The largest tiles of which there are enough for every multiprocessor of an H100.
     tiles = rows * columns // (132 * 128 * 128)
     return Tiles(128, 256, 128) if tiles >= 4 else Tiles(128, 128, 128) if tiles else Tiles(64, 64, 64, warps=4)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    cuda = device.type == "cuda" and torch.version.hip is None
-    return cuda and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def fastest(run: Callable[[Tiles], None]) -> Tiles:
